@@ -1,0 +1,1 @@
+"""The owner's shore: everything that runs where the private data lives."""

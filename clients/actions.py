@@ -1,0 +1,241 @@
+"""What an owner does when it is asked: contribute, evaluate, install. Each step once, whatever is killed.
+
+Every fact is journaled before the next step begins: the order before the work, the sealed parcel before
+the upload, the receipt before the reply. So the same order asked twice (by a server that lost its
+memory, or by a runner that was killed) trains nothing again and sends nothing that was accepted.
+Heavy work runs in a process of its own (`clients.training`), so that this one stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from clients.data.domain import Domain
+from clients.exchange_client import ExchangeClient
+from clients.home import ClientHome
+from clients.serving import install, set_own_model
+from clients.training.job import Candidate, Job, run_job
+from common.catalog import Catalog
+from common.config import RunConfig
+from common.errors import BaseMismatchError
+from common.files import sha256_bytes, write_atomic
+from common.models.base import model_digest, resolve_base, trainable_tensors
+from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
+from common.parcels import SERVER, Codec, Kind, bucket, draft
+from common.payloads import encode_values
+from common.progress import StatusFile
+
+log = logging.getLogger(__name__)
+ZERO_SHOT, FINE_TUNED, UNIVERSAL = "zero-shot", "fine-tuned", "universal"
+
+
+class Actions:
+    """Carries out orders for one owner."""
+
+    def __init__(self, home: ClientHome) -> None:
+        self._home = home
+        self._status = StatusFile(home.status_path, domain=home.config.domain)
+        self._exchange = ExchangeClient(home.config.server.exchange, home.tls, home.gate, home.server_key)
+        self._sent_bytes = sum(
+            int(entry.body["size_bytes"])
+            for entry in home.ledger
+            if entry.body["direction"] == "out" and entry.body["type"] == "parcel"
+        )
+
+    def carry_out(self, order: Order, envelope: bytes) -> None:
+        """Do what `order` says unless it was done. Raises IsthmusError."""
+        key = f"order/{order.run}/{order.action}"
+        fact = {"digest": sha256_bytes(envelope), "envelope": envelope.decode("ascii"), "done": False}
+        known = self._home.journal.get(key)
+        if known == {**fact, "done": True}:
+            return
+        base = resolve_base(self._home.config.base)
+        self._check_base(order, base)
+        self._home.gate.agree(order.run, order.base_digest, trainable_tensors(base), labels_of(order.config))
+        self._home.journal.put(key, fact)
+        step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
+        step(order, base)
+        self._home.journal.put(key, {**fact, "done": True})
+        self._status(phase=f"{order.action}: done")
+
+    def unfinished(self) -> list[bytes]:
+        """Orders that were accepted and not finished."""
+        facts = [fact for _, fact in self._home.journal.items("order/") if not fact["done"]]
+        return [fact["envelope"].encode("ascii") for fact in facts]
+
+    def _contribute(self, order: Order, base: Path) -> None:
+        domain = Domain.load(self._home.data_folder)
+        work = self._home.work(order.run)
+        with self._timed("catalog"):
+            self._send_card_and_catalog(order, domain, work)
+        with self._timed("train"):
+            result = self._job(order, base, "fit")
+        facts = {
+            "steps": result["steps"],
+            "seconds": int(result["seconds"]),
+            "batch_size": order.config.training.batch_size,
+            "items": len(domain.item_ids),
+            "users_bucket": bucket(len(domain.user_ids)),
+        }
+        with self._timed("upload"):
+            codec = Codec(order.config.training.vector_codec)
+            self._send(order, Kind.TASK_VECTOR, Path(result["vector_path"]), codec, facts)
+        set_own_model(self._home.path, Path(result["model_folder"]))
+        self._send_metrics(order, result)
+
+    def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
+        public = domain.catalog()
+        catalog = work / "catalog.parquet"
+        Catalog(self._home.config.domain, public.item_ids, public.attributes).write(catalog)
+        card = {
+            "items": len(domain.item_ids),
+            "users_bucket": bucket(len(domain.user_ids)),
+            "interactions_bucket": bucket(domain.interactions),
+            "synthetic": int(domain.synthetic),
+        }
+        allowed = {
+            name: value for name, value in card.items() if name in self._home.config.policy.card_fields
+        }
+        write_atomic(work / "card.json", encode_values(allowed))
+        self._send(order, Kind.DOMAIN_CARD, work / "card.json", Codec.JSON, {})
+        self._send(order, Kind.CATALOG, catalog, Codec.PARQUET, {})
+
+    def _evaluate(self, order: Order, base: Path) -> None:
+        with self._timed("download"):
+            candidates = self._fetch(order)
+        with self._timed("evaluate"):
+            result = self._job(order, base, "candidates", candidates)
+        self._send_metrics(order, result)
+        for candidate in candidates:
+            Path(candidate.vector).unlink(
+                missing_ok=True
+            )  # the ledger keeps the digest, the server the bytes
+
+    def _install(self, order: Order, base: Path) -> None:
+        with self._timed("download"):
+            (universal,) = self._fetch(order)
+        with self._timed("install"):
+            kept = universal.model_copy(update={"label": UNIVERSAL, "keep": True})
+            result = self._job(order, base, "candidates", [kept])
+            composed = Path(result["evaluations"][UNIVERSAL]["model_folder"])
+            install(self._home.path, composed, base, universal.model_digest)
+            shutil.rmtree(composed)
+        self._send_metrics(order, result)
+
+    def _fetch(self, order: Order) -> list[Candidate]:
+        folder = self._home.work(order.run) / "candidates"
+        found = []
+        for number, wanted in enumerate(order.candidates):
+            self._status(phase="download", step=number, total=len(order.candidates))
+            parcel = self._exchange.fetch(wanted.parcel, folder)
+            if parcel.header.base_digest != order.base_digest or parcel.header.run != order.run:
+                raise BaseMismatchError("a merged vector is for another base model or run")
+            found.append(
+                Candidate(
+                    label=wanted.label,
+                    vector=str(parcel.payload),
+                    codec=parcel.header.codec.value,
+                    model_digest=wanted.model_digest,
+                )
+            )
+        return found
+
+    def _job(
+        self,
+        order: Order,
+        base: Path,
+        mode: Literal["fit", "candidates"],
+        candidates: Sequence[Candidate] = (),
+    ) -> dict[str, Any]:
+        """Run the trainer's process; what it did before is not done again."""
+        job = Job(
+            mode=mode,
+            domain=str(self._home.data_folder),
+            base=str(base),
+            work=str(self._home.work(order.run)),
+            config=self._limited(order.config),
+            status=str(self._home.status_path),
+            candidates=tuple(candidates),
+        )
+        return run_job(job)
+
+    def _limited(self, config: RunConfig) -> RunConfig:
+        """The run's configuration under the owner's own limit of training time."""
+        own = self._home.config.max_training_minutes
+        if own is None:
+            return config
+        minutes = min(own, config.training.max_minutes or own)
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={"max_minutes": minutes})}
+        )
+
+    def _send_metrics(self, order: Order, result: Mapping[str, Any]) -> None:
+        """The aggregates that the owner allowed; none when too few users are behind them."""
+        policy = self._home.config.policy
+        evaluations = result["evaluations"]
+        values = {
+            f"{label}/{metric}": value
+            for label, evaluation in evaluations.items()
+            for metric, value in evaluation["metrics"].items()
+            if metric in policy.metrics
+        }
+        users = bucket(min((evaluation["users"] for evaluation in evaluations.values()), default=0))
+        if not values or users < policy.min_users:
+            log.warning("no metrics leave: the policy allows none, or fewer than %d users", policy.min_users)
+            return
+        path = self._home.work(order.run) / f"{order.action}.metrics.json"
+        write_atomic(path, encode_values(values))
+        self._send(order, Kind.METRICS, path, Codec.JSON, {"users_bucket": users})
+
+    def _send(self, order: Order, kind: Kind, payload: Path, codec: Codec, facts: Mapping[str, int]) -> None:
+        allowed = self._home.config.policy.training_facts
+        header = draft(
+            payload,
+            kind=kind,
+            run=order.run,
+            sender=self._home.config.domain,
+            recipient=SERVER,
+            base_digest=order.base_digest,
+            codec=codec,
+            round=order.round,
+            training={name: value for name, value in facts.items() if name in allowed},
+        )
+        parcel = self._home.gate.release(header, payload)
+        size, before = header.payload_bytes, self._sent_bytes
+
+        def across(done: int) -> None:
+            self._sent_bytes = before + done
+            self._status(phase=f"send {kind}", step=done, total=size, bytes_sent=self._sent_bytes)
+
+        self._exchange.send(parcel, across)
+        across(size)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to `seconds.json`, for the owner's own records."""
+        self._status(phase=phase, bytes_sent=self._sent_bytes)
+        path, started_s = self._home.path / "seconds.json", monotonic()
+        yield
+        seconds = json.loads(path.read_bytes()) if path.exists() else {}
+        seconds[phase] = round(seconds.get(phase, 0.0) + monotonic() - started_s, 2)
+        write_atomic(path, json.dumps(seconds).encode())
+
+    def _check_base(self, order: Order, base: Path) -> None:
+        own = model_digest(base)
+        if own != order.base_digest:
+            raise BaseMismatchError(
+                f"this owner's base model is {own[:12]}, the run's is {order.base_digest[:12]}",
+                next_step="install the run's base model, or set `base` in client.toml",
+            )
+
+
+def labels_of(config: RunConfig) -> set[str]:
+    """Every model that the metrics of a run may speak of."""
+    return {ZERO_SHOT, FINE_TUNED, UNIVERSAL, *(method.label for method in config.merge)}

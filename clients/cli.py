@@ -1,0 +1,136 @@
+"""`isthmus client`: what a domain's owner types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clients.data.domain import Domain
+from clients.home import ClientHome
+from common.errors import ConfigError
+from common.kit import read_kit
+from common.progress import read_status
+
+DEFAULT_HOME = Path("~/.isthmus/client")
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="ISTHMUS_CLIENT_HOME", help="the owner's home directory")
+]
+
+app = typer.Typer(help="An owner's side: join a federation, serve it, recommend.", no_args_is_help=True)
+
+
+@app.command()
+def join(
+    kit: Annotated[Path, typer.Argument(help="the join kit that the operator gave you")],
+    data: Annotated[Path, typer.Option(help="your prepared domain folder (isthmus data prepare)")],
+    home: HomeOption = DEFAULT_HOME,
+    base: Annotated[str, typer.Option(help="the base model: embedded, or a folder")] = "embedded",
+    port: Annotated[int, typer.Option(help="loopback port of the SuperNode")] = 19094,
+) -> None:
+    """Make this owner's home and keys, and enrol at the server."""
+    from clients.join import join as do_join
+
+    read = read_kit(kit)
+    typer.echo(f"joining {read.server} as {read.domain}")
+    typer.echo(f"server's fingerprint, to compare with the operator: {read.fingerprint}")
+    typer.echo(f"run policy: {read.run_policy}")
+    opened = do_join(read, home.expanduser(), data=data, base=base, supernode_port=port)
+    typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / 'client.toml'}")
+    typer.echo(f"next: isthmus client up --home {home}")
+
+
+@app.command()
+def up(home: HomeOption = DEFAULT_HOME) -> None:
+    """Start this owner's processes and keep them running until Ctrl-C."""
+    from clients.up import up as serve
+
+    opened = _open(home)
+    typer.echo(f"{opened.config.domain}: serving {opened.config.server.name}; Ctrl-C ends it")
+    serve(opened)
+
+
+@app.command()
+def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """What this owner is doing, and which model is installed."""
+    from clients.serving import current
+
+    opened = _open(home)
+    installed = current(opened.path)
+    record = {
+        "domain": opened.config.domain,
+        "server": opened.config.server.name,
+        "now": read_status(opened.status_path),
+        "model": None if installed is None else str(installed),
+    }
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+        return
+    now = read_status(opened.status_path)
+    typer.echo(
+        f"{opened.config.domain}: {now.get('phase', 'idle')} {now.get('step', '')}/{now.get('total', '')}"
+    )
+    typer.echo(f"model: {record['model'] or 'none installed'}")
+
+
+@app.command()
+def rollback(home: HomeOption = DEFAULT_HOME) -> None:
+    """Go back to the universal model that was installed before."""
+    from clients.serving import rollback as do_rollback
+
+    typer.echo(f"installed again: {do_rollback(_open(home).path)}")
+
+
+@app.command()
+def recommend(
+    history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")],
+    k: Annotated[int, typer.Option("-k", min=1, help="how many items")] = 10,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="beside the domain's own fine-tuned model")
+    ] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Items that the installed universal model recommends after a history."""
+    from clients.serving import current, own_model
+    from clients.serving import recommend as do_recommend
+
+    opened = _open(home)
+    installed = current(opened.path)
+    if installed is None:
+        raise ConfigError(
+            "no universal model is installed", next_step="take part in a run: isthmus client up"
+        )
+    models = {"universal": installed}
+    if compare:
+        models["own"] = own_model(opened.path)
+    domain = Domain.load(opened.data_folder)
+    items = [item.strip() for item in history.split(",") if item.strip()]
+    found = {name: do_recommend(folder, domain, items, k) for name, folder in models.items()}
+    if as_json:
+        rows = {
+            name: [{"item": item, "title": title, "score": round(score, 6)} for item, title, score in ranked]
+            for name, ranked in found.items()
+        }
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for name, ranked in found.items():
+        table = Table("", "item", "title", "score", title=f"{name} model", title_justify="left", box=None)
+        for place, (item, title, score) in enumerate(ranked, 1):
+            table.add_row(str(place), item, title, f"{score:.4f}")
+        Console().print(table)
+
+
+def _open(home: Path) -> ClientHome:
+    return ClientHome(home.expanduser())
+
+
+if __name__ == "__main__":
+    from common.guard import check_imports
+
+    check_imports()
+    app()

@@ -1,0 +1,317 @@
+"""The egress gate: the one place where bytes leave an owner, and the only holder of its identity key.
+
+It fails closed: what the policy does not name does not pass, and what cannot be read does not pass.
+
+- Parcels (`release`): kind, run, base model, header fields, size and count budgets; the payload is first
+  copied into the gate's outbox, and that copy is what is checked, signed and sent. A task vector has
+  exactly the base's trainable tensors, no embedding table, finite values, a bounded norm, the declared
+  dtype, and no tensor of which only some rows were touched (they would name what the data touched).
+  A catalog is byte for byte what our writer makes of its rows. JSON holds allowed names and rounded
+  numbers only; metrics need enough users behind them.
+- Replies on the control channel (`release_reply`): allowed fields; codes, digests and numbers. Whatever
+  is not a code where a code belongs becomes the code `error`, so no exception text leaves.
+- Receipts (`release_receipt`).
+
+All of it is in the ledger before it is returned. What passes still says something about the data: a
+vector is not anonymous, and low mantissa bits of a trained tensor are not inspected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from common.catalog import Catalog
+from common.config import Frozen
+from common.errors import GateError, IsthmusError, ParcelError, RefusedError, StorageError
+from common.files import copy_hashed, sha256_bytes, sha256_file, write_atomic
+from common.ledger import Crossing, Journal, Ledger
+from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
+from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
+from common.signing import PublicKey, SigningKey
+from common.statements import CODE_PATTERN, Checkpoint
+
+_TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
+_CODE = re.compile(CODE_PATTERN)
+ReplyValue = str | int | float
+
+
+class EgressPolicy(Frozen):
+    """What this owner lets out. Defaults are what a run needs and no more."""
+
+    kinds: tuple[Kind, ...] = (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS)
+    codecs: tuple[Codec, ...] = (Codec.BF16, Codec.FP32, Codec.PARQUET, Codec.JSON)
+    training_facts: tuple[str, ...] = ("batch_size", "items", "seconds", "steps", "users_bucket")
+    card_fields: tuple[str, ...] = ("interactions_bucket", "items", "synthetic", "users_bucket")
+    metrics: tuple[str, ...] = ("recall@10", "ndcg@10")
+    reply_fields: tuple[str, ...] = ("code", "parcel", "receipt", "round", "run", "status")
+    min_users: int = Field(50, ge=1, description="fewer users behind a metric: it stays here")
+    max_norm: float = Field(1000.0, gt=0, description="L2 norm of a task vector, all tensors together")
+    max_row_gap: float = Field(10.0, gt=1, description="see common.tensorfile.TensorReading.row_gap")
+    max_payload_bytes: int = Field(4 << 30, ge=1)
+    max_run_bytes: int = Field(8 << 30, ge=1, description="payload bytes in one run")
+    max_run_parcels: int = Field(32, ge=1, description="parcels in one run")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the owner checked on its own about a run before anything may leave for it."""
+
+    run: str
+    base_digest: str
+    tensors: Mapping[str, tuple[int, ...]]  # trainable tensors of the owner's own copy of the base
+    labels: frozenset[str]  # models that metrics may speak of: "LABEL/METRIC"
+
+
+class EgressGate:
+    """Lets parcels, receipts and replies of domain `sender` out, or raises GateError."""
+
+    def __init__(
+        self,
+        policy: EgressPolicy,
+        key: SigningKey,
+        ledger: Ledger,
+        journal: Journal,
+        outbox: Path,
+        *,
+        sender: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy, self.ledger, self.journal, self.sender = policy, ledger, journal, sender
+        self._key = key
+        self._outbox = outbox
+        self._clock = clock
+        self._agreements: dict[str, Agreement] = {}
+        outbox.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @property
+    def public_key(self) -> PublicKey:
+        """This domain's identity."""
+        return self._key.public
+
+    def agree(
+        self, run: str, base_digest: str, tensors: Mapping[str, tuple[int, ...]], labels: Iterable[str] = ()
+    ) -> None:
+        """Allow parcels for `run`, about this base and its trainable tensors (name to shape)."""
+        self._agreements[run] = Agreement(run, base_digest, dict(tensors), frozenset(labels))
+
+    def release(self, header: Header, payload: Path) -> Parcel:
+        """Check and sign; the same payload for the same run, round and kind gives the same parcel again.
+
+        The header's ledger checkpoint is set here. Raises GateError, StorageError.
+        """
+        key = f"release/{header.run}/{header.round}/{header.kind}/{header.payload_digest}"
+        parcel = self._released_before(key)
+        if parcel is None:
+            self._checked(lambda: self._check_header(header))
+            copy = self._copy(header, payload)
+            self._checked(lambda: self._check_payload(header, copy))
+            head = self.ledger.head
+            sealed = header.model_copy(update={"checkpoint": Checkpoint(size=head.size, head=head.head)})
+            parcel = seal_parcel(sealed, copy, self._key)
+            with self.journal.locked():
+                self._check_budget(header)
+                write_atomic(self._envelope_path(parcel.digest), parcel.envelope)
+                facts = {"digest": parcel.digest, "payload_bytes": header.payload_bytes}
+                self.journal.put(key, facts)
+                self.journal.put(f"released/{parcel.digest}", {})
+        self._log("parcel", parcel.envelope, header.payload_bytes, header.kind, header.run)
+        return parcel
+
+    def is_released(self, digest: str) -> bool:
+        """Whether the parcel with this digest passed here."""
+        return self.journal.get(f"released/{digest}") is not None
+
+    def release_receipt(self, digest: str, header: Header, *, index: int) -> bytes:
+        """A signed receipt for a parcel that came in and stands at `index` of the ledger."""
+        entry, head = self.ledger[index], self.ledger.head_at(index)
+        envelope = Receipt(
+            kind=header.kind,
+            run=header.run,
+            sender=header.sender,
+            receiver=self.sender,
+            parcel_digest=digest,
+            payload_digest=header.payload_digest,
+            verdict="accepted",
+            reason="",
+            index=index,
+            checkpoint=Checkpoint(size=head.size, head=head.head),
+            time_s=entry.body["time_s"],
+        ).seal(self._key)
+        self._log("receipt", envelope, 0, header.kind, header.run)
+        return envelope
+
+    def release_reply(self, fields: Mapping[str, ReplyValue]) -> dict[str, ReplyValue]:
+        """What of `fields` may go into a control record. Raises GateError for a field off the list."""
+        reply: dict[str, ReplyValue] = {}
+        for name, value in sorted(fields.items()):
+            if name not in self.policy.reply_fields:
+                raise GateError(f"reply field {name[:40]!r} is not allowed", next_step="add it to the policy")
+            reply[name] = round(value, METRIC_DECIMALS) if isinstance(value, float) else value
+            try:
+                check_value(name, reply[name])
+            except ParcelError:
+                reply[name] = "error"
+        content = json.dumps(reply, sort_keys=True).encode()
+        self._log("message", content, 0, "message", str(reply.get("run", "")))
+        return reply
+
+    # The rules
+
+    def _check_header(self, header: Header) -> None:
+        policy, agreement = self.policy, self._agreement(header)
+        if header.kind not in policy.kinds or header.codec not in policy.codecs:
+            raise GateError(f"{header.kind} in codec {header.codec} is not allowed by the policy")
+        if (header.sender, header.recipient) != (self.sender, SERVER):
+            raise GateError(f"a parcel goes from {self.sender!r} to {SERVER!r} only")
+        if header.base_digest != agreement.base_digest:
+            raise GateError(f"base model {header.base_digest[:12]} is not the one agreed for this run")
+        if header.expires_s <= self._clock():
+            raise GateError("the header has expired; make a new one")
+        for name in header.training:
+            if name not in policy.training_facts:
+                raise GateError(f"training fact {name!r} is not allowed by the policy")
+        _check_buckets(header.training)
+        if header.payload_bytes > policy.max_payload_bytes:
+            raise GateError(
+                f"payload of {header.payload_bytes} bytes, {policy.max_payload_bytes} are allowed"
+            )
+        if header.kind is Kind.TASK_VECTOR:
+            for fact in header.tensors:
+                if len(fact.shape) > 1 and _TABLE.search(fact.name.lower()):
+                    raise GateError(f"tensor {fact.name}: an embedding table never leaves")
+            check_table(header, agreement.tensors)
+
+    def _check_payload(self, header: Header, copy: Path) -> None:
+        facts = inspect(copy, header)
+        if (facts.digest, facts.size_bytes) != (header.payload_digest, header.payload_bytes):
+            raise GateError("the payload is not the one that the header names")
+        if header.kind.holds_tensors:
+            check_tensors(header, facts, max_norm=self.policy.max_norm)
+            for reading in facts.tensors:
+                if reading.row_gap > self.policy.max_row_gap:
+                    raise GateError(
+                        f"tensor {reading.name}: some rows untouched, which tells what was touched"
+                    )
+        elif header.kind is Kind.CATALOG:
+            self._check_catalog(header, facts, copy)
+        elif header.kind in (Kind.METRICS, Kind.FITNESS):
+            self._check_metrics(header, facts)
+        else:
+            for name in facts.values:
+                if name not in self.policy.card_fields:
+                    raise GateError(f"card field {name}: not allowed by the policy")
+            _check_buckets(facts.values)
+
+    def _check_catalog(self, header: Header, facts: PayloadFacts, copy: Path) -> None:
+        if facts.catalog_domain != self.sender:
+            raise GateError("the catalog is another domain's")
+        again = copy.with_suffix(".again")
+        try:
+            Catalog.read(copy).write(again)
+            if sha256_file(again) != header.payload_digest:
+                raise GateError(
+                    "the catalog file holds more than its rows", next_step="write it with Catalog.write"
+                )
+        finally:
+            again.unlink(missing_ok=True)
+
+    def _check_metrics(self, header: Header, facts: PayloadFacts) -> None:
+        labels = self._agreement(header).labels
+        for name, value in facts.values.items():
+            label, _, metric = name.rpartition("/")
+            if metric not in self.policy.metrics or (label and label not in labels):
+                raise GateError(f"metric {name}: not allowed by the policy")
+            if isinstance(value, str):
+                raise GateError(f"metric {name}: not a number")
+        if header.training.get("users_bucket", 0) < self.policy.min_users:
+            raise GateError(
+                f"metrics need `users_bucket` of at least {self.policy.min_users} in the header",
+                next_step="evaluate on more users, or lower min_users in the policy",
+            )
+
+    def _check_budget(self, header: Header) -> None:
+        spent = [facts["payload_bytes"] for _, facts in self.journal.items(f"release/{header.run}/")]
+        if len(spent) + 1 > self.policy.max_run_parcels:
+            raise GateError(f"run {header.run}: {len(spent)} parcels have left, no more are allowed")
+        if sum(spent) + header.payload_bytes > self.policy.max_run_bytes:
+            raise GateError(
+                f"run {header.run}: {sum(spent)} bytes have left, too little is left of the budget"
+            )
+
+    def _agreement(self, header: Header) -> Agreement:
+        agreement = self._agreements.get(header.run)
+        if agreement is None:
+            raise GateError(
+                f"nothing was agreed for run {header.run!r}", next_step="check its base model first"
+            )
+        return agreement
+
+    # The outbox and the ledger
+
+    def _checked(self, check: Callable[[], None]) -> None:
+        """Whatever a check cannot read does not pass."""
+        try:
+            check()
+        except (GateError, StorageError):
+            raise
+        except (RefusedError, IsthmusError) as err:
+            raise GateError(err.message, next_step="nothing was sent") from err
+
+    def _copy(self, header: Header, payload: Path) -> Path:
+        copy = self._outbox / f"{header.payload_digest}.payload"
+        if not (copy.exists() and sha256_file(copy) == header.payload_digest):
+            digest, _ = copy_hashed(payload, copy)
+            if digest != header.payload_digest:
+                copy.unlink()
+                raise GateError("the payload is not the one that the header names")
+        return copy
+
+    def _envelope_path(self, digest: str) -> Path:
+        return self._outbox / f"{digest}.dsse"
+
+    def _released_before(self, key: str) -> Parcel | None:
+        known = self.journal.get(key)
+        if known is None:
+            return None
+        envelope = self._envelope_path(known["digest"]).read_bytes()
+        header = Header.open(envelope, self._key.public)
+        copy = self._outbox / f"{header.payload_digest}.payload"
+        if header.expires_s <= self._clock() or not copy.exists():
+            return None
+        return Parcel(envelope, header, copy)
+
+    def _log(
+        self,
+        type_: Literal["parcel", "receipt", "message"],
+        content: bytes,
+        payload_bytes: int,
+        kind: str,
+        run: str,
+    ) -> None:
+        crossing = Crossing(
+            direction="out",
+            channel="control" if type_ == "message" else "data",
+            type=type_,
+            digest=sha256_bytes(content),
+            size_bytes=len(content) + payload_bytes,
+            peer=SERVER,
+            kind=str(kind),
+            run=run,
+            time_s=int(self._clock()),
+        )
+        record = self.ledger.record if type_ == "message" else self.ledger.record_once
+        record(crossing)
+
+
+def _check_buckets(facts: Mapping[str, ReplyValue]) -> None:
+    for name, value in facts.items():
+        if name.endswith("_bucket") and (not isinstance(value, int) or bucket(value) != value):
+            raise GateError(f"{name}: counts leave in buckets only (common.parcels.bucket)")

@@ -1,0 +1,124 @@
+"""An owner's home directory: who this domain is, which server it trusts, and where everything lies.
+
+client.toml     what the owner decides: data, base model, policy, approved app bundles
+keys/           identity (Ed25519), TLS key and certificate, Flower node key; they never leave
+ledger.jsonl    every crossing;  journal.jsonl  what was done, so that nothing is done twice
+work/<run>/     fine-tuning: checkpoints, vector, evaluations, per-user results
+models/         installed universal models, `current` and the previous one; `own` fine-tuned ones
+flower/, logs/, empty/, status.json
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field
+
+from clients.egress import EgressGate, EgressPolicy
+from common.config import EMBEDDED_BASE, Frozen, load_toml
+from common.errors import ConfigError
+from common.files import write_atomic
+from common.ledger import Journal, Ledger
+from common.signing import PublicKey, SigningKey
+from common.tls import TlsFiles
+
+
+class ServerAddress(Frozen):
+    """The merge server as this owner knows it: addresses (host:port) and the pinned identity key."""
+
+    name: str
+    fleet: str
+    exchange: str
+    enrol: str
+    public_key: str
+
+
+class ClientConfig(Frozen):
+    """`client.toml`. Only the owner writes it; nothing that the server sends changes it."""
+
+    domain: str
+    pseudonym: str
+    server: ServerAddress
+    data: str = Field(description="the prepared domain folder (isthmus data prepare)")
+    base: str = Field(EMBEDDED_BASE, description="the base model: embedded, or a folder")
+    approved_fabs: tuple[str, ...] = ()
+    supernode_port: int = 19094
+    max_training_minutes: float | None = Field(None, description="the owner's own limit for one fine-tuning")
+    policy: EgressPolicy = EgressPolicy()
+
+
+class ClientHome:
+    """Paths and long-lived objects of one owner. Raises ConfigError when `path` is not a home."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        config = self.path / "client.toml"
+        if not config.exists():
+            raise ConfigError(
+                f"{path} is not an owner's home", next_step="isthmus client join KIT --home DIR"
+            )
+        self.config = load_toml(config, ClientConfig)
+
+    @staticmethod
+    def write_config(path: Path, config: ClientConfig) -> None:
+        """Write `client.toml` into `path`."""
+        text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+        tomllib.loads(text)
+        write_atomic(path / "client.toml", text.encode())
+
+    @property
+    def keys(self) -> Path:
+        """Private keys; mode 0700."""
+        return self.path / "keys"
+
+    @property
+    def status_path(self) -> Path:
+        """What this owner is doing now, for whoever draws progress on this host."""
+        return self.path / "status.json"
+
+    @property
+    def data_folder(self) -> Path:
+        """The prepared domain folder."""
+        return Path(self.config.data)
+
+    @cached_property
+    def server_key(self) -> PublicKey:
+        """The merge server's pinned identity."""
+        return PublicKey.from_hex(self.config.server.public_key)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Every parcel, receipt and control message."""
+        return Ledger(self.path / "ledger.jsonl")
+
+    @cached_property
+    def journal(self) -> Journal:
+        """What was asked, done and receipted."""
+        return Journal(self.path / "journal.jsonl")
+
+    @cached_property
+    def tls(self) -> TlsFiles:
+        """CA certificate, own certificate and key for the data channel."""
+        return TlsFiles(self.keys / "ca.crt", self.keys / "tls.crt", self.keys / "tls.key")
+
+    @cached_property
+    def gate(self) -> EgressGate:
+        """The one way out; it alone holds the identity key."""
+        key = SigningKey.load(self.keys / "identity.key")
+        return EgressGate(
+            self.config.policy,
+            key,
+            self.ledger,
+            self.journal,
+            self.path / "outbox",
+            sender=self.config.domain,
+        )
+
+    def work(self, run: str) -> Path:
+        """The working folder of one run."""
+        folder = self.path / "work" / run
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder

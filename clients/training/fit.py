@@ -1,0 +1,258 @@
+"""Fine-tune a base model on one domain, and write what it changed as a task vector.
+
+    result = fine_tune(domain, resolve_base("embedded"), RunConfig(), Path("work"))
+    result.vector_path, result.model_folder
+
+The work folder has one folder for each (configuration, base, data); its `result.json` is the journal: a
+finished fine-tuning is returned, never repeated. Killed at any point and called again, training goes
+on from its last checkpoint and ends with the same tensors as without the kill. The fine-tuned model is
+`theta_0 + tau` with tau as it was written, codec included: what the server reconstructs, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clients.data.domain import Domain
+from clients.training.checkpoint import newest_checkpoint
+from clients.training.dataset import Batch, TrainingBatches, data_digest, domain_tokens
+from clients.training.evaluate import evaluate
+from clients.training.loss import TwoTower
+from clients.training.trainer import BEST_PREFIX, EncoderTrainer, Plan, Validate
+from common.config import RunConfig
+from common.errors import ModelError
+from common.files import sha256_file, write_atomic
+from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
+from common.models.encoder import Encoder
+from common.progress import NO_REPORT, Report
+from common.vectors import apply, read_vector, subtract, write_vector
+
+JOURNAL = "result.json"
+_README = """# A domain's fine-tuned model
+
+Made by Isthmus from private interactions. It stays with its owner: do not publish it.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """A finished fine-tuning. `seconds` is wall-clock, earlier attempts included; `steps` those taken."""
+
+    vector_path: Path
+    vector_sha256: str
+    model_folder: Path
+    steps: int
+    best_step: int
+    validation_ndcg: float
+    seconds: float
+    resumed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The best tensors that `train` found (CPU), by their names in the model's file."""
+
+    tensors: dict[str, Tensor]
+    steps: int
+    best_step: int
+    score: float
+    seconds: float
+    resumed: bool
+
+
+def fine_tune(
+    domain: Domain,
+    base_folder: Path,
+    config: RunConfig,
+    work: Path,
+    report: Report = NO_REPORT,
+    *,
+    device: str | None = None,
+) -> FitResult:
+    """Fine-tune on `domain.train`, stop early on `domain.valid`, write the vector of the best step.
+
+    `device` None takes CUDA where there is one. Raises DataError (too few examples), ModelError (the
+    loss is not finite, or a frozen tensor moved), VectorError, StorageError.
+    """
+    folder = fit_folder(domain, base_folder, config, work)
+    finished = _finished(folder)
+    if finished is not None:
+        return finished
+    report(phase="prepare")
+    folder.mkdir(parents=True, exist_ok=True)
+    training = config.training
+    encoder = load_encoder(base_folder, config, device=device)
+    batches = TrainingBatches(encoder, domain, config, training.max_steps)
+    trained = train(
+        encoder,
+        batches,
+        validator(encoder, domain, config, report),
+        base_folder,
+        config,
+        folder,
+        report,
+        max_steps=training.max_steps,
+        eval_every_steps=training.eval_every_steps,
+    )
+    report(phase="write", step=trained.steps, total=training.max_steps)
+    return _write_result(folder, base_folder, config, trained)
+
+
+def fit_folder(domain: Domain, base_folder: Path, config: RunConfig, work: Path) -> Path:
+    """The folder in `work` of this configuration, base and data; equal inputs give the same."""
+    return work / fit_key([domain], base_folder, config)
+
+
+def fit_key(domains: Sequence[Domain], base_folder: Path, config: RunConfig) -> str:
+    """Names everything that the outcome of a fine-tuning depends on (16 hexadecimal digits)."""
+    statement = {
+        "training": config.training.model_dump(mode="json"),
+        "text": config.text.model_dump(mode="json"),
+        "pooling": config.base.pooling,
+        "seed": config.run.seed,
+        "k": config.evaluation.k,
+        "base": model_digest(base_folder),
+        "data": [data_digest(domain, config.text) for domain in domains],
+    }
+    return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_encoder(
+    folder: Path, config: RunConfig, *, device: str | None = None, training: bool = True
+) -> Encoder:
+    """The encoder as the configuration wants it, on CUDA where there is one (`device` None)."""
+    return Encoder.load(
+        folder,
+        pooling=config.base.pooling,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        precision=config.training.precision,
+        dropout=config.training.dropout if training else None,
+    )
+
+
+def validator(encoder: Encoder, domain: Domain, config: RunConfig, report: Report) -> Validate:
+    """A function that ranks a fixed draw of validation users with the encoder as it is."""
+    tokens = domain_tokens(encoder, domain, config.text)
+    users = config.training.validation_users
+
+    def validate() -> dict[str, float]:
+        found = evaluate(
+            encoder, domain, config, "valid", report, max_users=users, tokens=tokens, phase="validate"
+        )
+        return found.metrics
+
+    return validate
+
+
+def train(
+    encoder: Encoder,
+    batches: torch.utils.data.Dataset[Batch],
+    validate: Validate,
+    base_folder: Path,
+    config: RunConfig,
+    folder: Path,
+    report: Report,
+    *,
+    max_steps: int,
+    eval_every_steps: int,
+) -> Trained:
+    """Train the encoder in place from its newest checkpoint in `folder`; returns the best tensors."""
+    section = config.training
+    plan = Plan(
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        warmup_steps=section.warmup_steps,
+        max_steps=max_steps,
+        eval_every_steps=eval_every_steps,
+        checkpoint_every_steps=section.checkpoint_every_steps,
+        patience=section.patience,
+        max_minutes=section.max_minutes,
+        seed=config.run.seed,
+        metric=f"ndcg@{config.evaluation.k}",
+    )
+    tower = TwoTower(encoder, set(trainable_tensors(base_folder)), section.temperature)
+    trainer = EncoderTrainer(tower, batches, validate, plan, folder, report)
+    checkpoint = newest_checkpoint(folder)
+    step = trainer.restore(checkpoint)
+    if not trainer.progress.finished(step, plan):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+    check_frozen(tower, base_folder)
+    best = load_file(folder / f"{BEST_PREFIX}{trainer.progress.best_step}.safetensors")
+    encoder.model.eval()
+    return Trained(
+        tensors=dict(best),
+        steps=step,
+        best_step=trainer.progress.best_step,
+        score=trainer.progress.best_score,
+        seconds=trainer.elapsed_s(),
+        resumed=checkpoint is not None,
+    )
+
+
+def check_frozen(tower: TwoTower, base_folder: Path) -> None:
+    """Raise ModelError unless every tensor that must not train is the base's, bit for bit."""
+    now = dict(tower.backbone.named_parameters())
+    frozen = sorted(set(now) - set(tower.trained_tensors()))
+    for name, tensor in load_tensors(base_folder, frozen).items():
+        if not torch.equal(now[name].detach().cpu(), tensor):
+            raise ModelError(f"frozen tensor {name!r} changed", next_step="do not send this model anywhere")
+
+
+def _write_result(folder: Path, base_folder: Path, config: RunConfig, trained: Trained) -> FitResult:
+    base = load_tensors(base_folder)
+    vector_path, model_folder = folder / "vector.safetensors", folder / "model"
+    write_vector(vector_path, subtract(trained.tensors, base), config.training.vector_codec)
+    tau = read_vector(vector_path, trainable_tensors(base_folder), config.training.vector_codec)
+    whole = apply(base, tau)
+    fine_tuned = {name: whole[name] for name in tau}
+    save_model(base_folder, fine_tuned, model_folder, readme=_README, pooling=config.base.pooling)
+    result = FitResult(
+        vector_path=vector_path,
+        vector_sha256=sha256_file(vector_path),
+        model_folder=model_folder,
+        steps=trained.steps,
+        best_step=trained.best_step,
+        validation_ndcg=trained.score,
+        seconds=round(trained.seconds, 3),
+        resumed=trained.resumed,
+    )
+    record = {
+        **dataclasses.asdict(result),
+        "vector_path": vector_path.name,
+        "model_folder": model_folder.name,
+    }
+    write_atomic(folder / JOURNAL, (json.dumps(record, indent=2) + "\n").encode())
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{BEST_PREFIX}*.safetensors"):
+        path.unlink()
+    return result
+
+
+def _finished(folder: Path) -> FitResult | None:
+    """The journaled result, if it is there and its vector is still the one that was written."""
+    try:
+        record = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    record["vector_path"], record["model_folder"] = (
+        folder / record["vector_path"],
+        folder / record["model_folder"],
+    )
+    result = FitResult(**record)
+    if not result.vector_path.is_file() or sha256_file(result.vector_path) != result.vector_sha256:
+        raise ModelError(
+            f"{result.vector_path}: is not the vector that was journaled",
+            next_step=f"restore it, or remove {folder} to fine-tune again",
+        )
+    return result

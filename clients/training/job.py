@@ -1,0 +1,143 @@
+"""A training job as a file, and the process that carries it out. Imports no torch.
+
+    job = Job(mode="fit", domain="data/toys", base="/models/minilm", work="work/r1", config=RunConfig())
+    result = run_job(job)   # waits; raises what the trainer raised
+
+The job runs as `python -m clients.training JOB.json` and gives torch's memory back by ending. It
+writes `status.json` (progress), `<name>.result.json` on success, `<name>.error.json` ({code, message,
+next_step}) on failure, and `trainer.log` for whatever libraries print; all in the owner's work folder.
+Exit codes: 0 done, 1 unexpected, 2 a named error, 75 its parent went away, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from common.config import Frozen, RunConfig, validate
+from common.errors import FederationError, IsthmusError
+from common.files import write_atomic
+
+DONE, UNEXPECTED, REFUSED, ORPHANED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+class Candidate(Frozen):
+    """A merged vector to evaluate: base + vector, called `label`. `model_digest` "" is not checked.
+
+    `keep`: leave the composed model in `<work>/candidates/<label>` for whoever installs it.
+    """
+
+    label: str
+    vector: str
+    codec: Literal["fp32", "bf16"]
+    model_digest: str = ""
+    keep: bool = False
+
+
+class Job(Frozen):
+    """What the trainer is to do. Paths are absolute or relative to where `run_job` is called.
+
+    "fit": fine-tune, then evaluate the base ("zero-shot") and the fine-tuned model on the test set.
+    "evaluate": evaluate the model folder `model` and call the result `label`.
+    "candidates": evaluate base + vector for each of `candidates`.
+    """
+
+    mode: Literal["fit", "evaluate", "candidates"]
+    domain: str
+    base: str
+    work: str
+    config: RunConfig
+    status: str = ""
+    model: str = ""
+    label: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    evaluate_after_fit: bool = True
+    threads: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if self.mode == "evaluate" and not (self.model and self.label):
+            raise ValueError("an evaluation needs `model` and `label`")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return self.label or self.mode
+
+    def file(self, kind: str) -> Path:
+        """`<work>/<name>.<kind>.json`."""
+        return Path(self.work) / f"{self.name}.{kind}.json"
+
+
+def read_job(path: Path) -> Job:
+    """Read a job. Raises ConfigError."""
+    return validate(json.loads(path.read_text(encoding="utf-8")), Job, where=str(path))
+
+
+def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None = None) -> dict[str, Any]:
+    """Run `job` in a process of its own and wait for its result.
+
+    `on_start` is given the process, for a supervisor that must be able to end it. Whatever interrupts
+    the wait ends the process too. Raises the IsthmusError that the trainer named, or FederationError.
+    """
+    folders = {key: str(Path(value).resolve()) for key in _PATHS if (value := getattr(job, key))}
+    job = job.model_copy(update=folders)
+    path = job.file("job")
+    write_atomic(path, job.model_dump_json(indent=1).encode())
+    for kind in ("result", "error"):
+        job.file(kind).unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if job.threads:
+        environment |= {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
+    with (Path(job.work) / "trainer.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "clients.training", str(path)],
+            cwd=job.work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        if on_start is not None:
+            on_start(process)
+        status = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if status == DONE and job.file("result").is_file():
+        result: dict[str, Any] = json.loads(job.file("result").read_text(encoding="utf-8"))
+        return result
+    raise _named_error(job, status)
+
+
+_PATHS = ("domain", "base", "work", "status", "model")
+
+
+def _named_error(job: Job, status: int) -> IsthmusError:
+    """The error that the trainer wrote, as the class that it was."""
+    log = Path(job.work) / "trainer.log"
+    try:
+        record = json.loads(job.file("error").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+        return FederationError(f"the trainer {how}", next_step=f"start again to go on; its log is {log}")
+    kinds = {kind.code: kind for kind in _subclasses(IsthmusError)}
+    kind = kinds.get(record["code"], FederationError)
+    try:
+        return kind(record["message"], next_step=record["next_step"])
+    except TypeError:  # an error that needs more than a message
+        return FederationError(record["message"], next_step=record["next_step"])
+
+
+def _subclasses(kind: type[IsthmusError]) -> list[type[IsthmusError]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]

@@ -1,0 +1,62 @@
+"""The training objective: in-batch softmax over cosine / temperature (MergeRec sec. 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common.models.encoder import Encoder
+
+
+def in_batch_loss(
+    z_BE: Tensor, item_UE: Tensor, target_B: Tensor, blocked_BU: Tensor, temperature: float
+) -> Tensor:
+    """Mean over the batch of `-log softmax_u(z . e_u / temperature)[target]`.
+
+    `item_UE` are the U distinct candidates of the batch, `target_B` each row's own among them;
+    candidates where `blocked_BU` is True are left out of that row's softmax. Embeddings are unit-norm.
+    """
+    logits_BU = (z_BE @ item_UE.T / temperature).masked_fill(blocked_BU, -torch.inf)
+    return nn.functional.cross_entropy(logits_BU, target_B)
+
+
+class TwoTower(nn.Module):
+    """An encoder with its loss, in the shape that `transformers.Trainer` trains: batch in, loss out.
+
+    Both towers are the same encoder. Only `trainable` parameters get gradients; the embedding tables do not.
+    """
+
+    def __init__(self, encoder: Encoder, trainable: set[str], temperature: float) -> None:
+        super().__init__()
+        self.backbone = encoder.model
+        self._encoder = encoder
+        self._temperature = temperature
+        self._trainable = sorted(trainable)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+    def forward(
+        self,
+        history_ids_BT: Tensor,
+        history_mask_BT: Tensor,
+        item_ids_UT: Tensor,
+        item_mask_UT: Tensor,
+        target_B: Tensor,
+        blocked_BU: Tensor,
+    ) -> dict[str, Tensor]:
+        """`{"loss": scalar}` for a batch of `dataset.TrainingBatches`."""
+        z_BE = self._encoder.forward(history_ids_BT, history_mask_BT)
+        item_UE = self._encoder.forward(item_ids_UT, item_mask_UT)
+        return {"loss": in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature)}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The trainable parameters, by their names in the model's file (not copied)."""
+        parameters = dict(self.backbone.named_parameters())
+        return {name: parameters[name].detach() for name in self._trainable}
+
+    def load_trained(self, tensors: dict[str, Tensor]) -> None:
+        """Put `trained_tensors` of an earlier moment back in place."""
+        parameters = dict(self.backbone.named_parameters())
+        with torch.no_grad():
+            for name in self._trainable:
+                parameters[name].copy_(tensors[name])

@@ -1,0 +1,167 @@
+"""Carrying out a job in this process: fine-tune, evaluate, write results. The other side of `job`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clients.data.domain import Domain
+from clients.training.dataset import data_digest
+from clients.training.evaluate import evaluate
+from clients.training.fit import fine_tune, load_encoder
+from clients.training.job import Candidate, Job
+from common.config import RunConfig
+from common.errors import BaseMismatchError, FederationError
+from common.files import write_atomic
+from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
+from common.progress import Report
+from common.vectors import apply, read_vector
+
+ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
+_README = "# Universal model\n\nMade by Isthmus: the base model and a vector merged from several domains.\n"
+
+
+def perform(job: Job, report: Report) -> dict[str, Any]:
+    """Do what `job` says; returns what `run_job` returns. Raises IsthmusError."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    work = Path(job.work)
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone(work):
+        domain = Domain.load(Path(job.domain))
+        result = _MODES[job.mode](job, domain, report)
+    result["peak_memory_bytes"] = peak_memory_bytes()
+    write_atomic(job.file("result"), (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
+    work, base = Path(job.work), Path(job.base)
+    fitted = fine_tune(domain, base, job.config, work, report)
+    record = dataclasses.asdict(fitted)
+    result: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in record.items()}
+    result["examples_digest"] = data_digest(domain, job.config.text)
+    result["evaluations"] = {}
+    for label, folder in ((ZERO_SHOT, base), (FINE_TUNED, fitted.model_folder)):
+        if job.evaluate_after_fit:
+            result["evaluations"][label] = evaluate_once(folder, label, domain, job.config, work, report)
+    return result
+
+
+def _evaluate(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
+    return evaluate_once(Path(job.model), job.label, domain, job.config, Path(job.work), report)
+
+
+def _candidates(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
+    work, base = Path(job.work), Path(job.base)
+    evaluations = {}
+    for candidate in job.candidates:
+        folder = work / "candidates" / candidate.label
+        compose(base, candidate, job.config, folder)
+        evaluations[candidate.label] = {
+            **evaluate_once(folder, candidate.label, domain, job.config, work, report),
+            "model_folder": str(folder),
+        }
+        if not candidate.keep:
+            shutil.rmtree(folder)
+    return {"evaluations": evaluations}
+
+
+def compose(base: Path, candidate: Candidate, config: RunConfig, folder: Path) -> None:
+    """Write base + vector as a model folder. Raises VectorError, BaseMismatchError (another digest)."""
+    tau = read_vector(Path(candidate.vector), trainable_tensors(base), candidate.codec)
+    whole = apply(load_tensors(base), tau)
+    tensors = {name: whole[name] for name in tau}
+    save_model(base, tensors, folder, readme=_README, pooling=config.base.pooling)
+    found = model_digest(folder)
+    if candidate.model_digest and found != candidate.model_digest:
+        raise BaseMismatchError(
+            f"the composed model has digest {found[:12]}, the server announced {candidate.model_digest[:12]}",
+            next_step="use the run's base model and fetch the parcel again",
+        )
+
+
+def evaluate_once(
+    model_folder: Path, label: str, domain: Domain, config: RunConfig, work: Path, report: Report
+) -> dict[str, Any]:
+    """Evaluate a model on the test set unless `work/evaluations` holds just that, under whatever label.
+
+    Returns `{"label", "model_digest", "metrics", "users", "seconds", "key"}`; ranks of single users go
+    to `work/per_user/<label>.parquet`.
+    """
+    digest = model_digest(model_folder)
+    statement = {
+        "model": digest,
+        "data": data_digest(domain, config.text),
+        "text": config.text.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json"),
+        "pooling": config.base.pooling,
+        "precision": config.training.precision,
+        "seed": config.run.seed,
+    }
+    key = hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
+    path = work / "evaluations" / f"{label}.json"
+    for known in _known_evaluations(path.parent):
+        if known.get("key") == key:
+            record = {**known, "label": label}
+            write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+            return record
+    encoder = load_encoder(model_folder, config, training=False)
+    found = evaluate(encoder, domain, config, "test", report, phase=f"evaluate {label}")
+    found.write_per_user(work / "per_user" / f"{label}.parquet", domain)
+    record = {
+        "label": label,
+        "model_digest": digest,
+        "metrics": found.metrics,
+        "users": found.users,
+        "seconds": round(found.seconds, 3),
+        "key": key,
+    }
+    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    return record
+
+
+def _known_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            yield dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+_MODES = {"fit": _fit, "evaluate": _evaluate, "candidates": _candidates}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held so far; 0 where the platform does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Keep a second trainer out of the same work folder (the lock goes when the process does)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (work / "trainer.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FederationError(
+                f"another trainer is at work in {work}", next_step="wait for it, or end it"
+            ) from None
+        yield

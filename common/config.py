@@ -1,0 +1,233 @@
+"""Configuration: frozen models read from one TOML file, with unknown keys refused.
+
+Rules: nothing is global, nothing is evaluated, every value has a unit in its name, an unknown key is
+refused with the nearest known one, and the resolved configuration is saved beside the result.
+`RunConfig` is what `isthmus run start` reads and what the server sends to the owners;
+`simulations.config` adds the domains for the one-machine simulation.
+
+    >>> RunConfig.model_validate({"run": {"name": "demo"}}).training.batch_size
+    64
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError
+
+EMBEDDED_BASE = "embedded"
+
+REFERENCE_LEARNING: dict[str, Any] = {
+    "steps": 500,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "temperature": 0.05,
+    "distillation_weight": 1000.0,
+    "item_embeddings": "stale",
+    "mask_seen": False,
+    "history_length": 1,
+}
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Frozen):
+    """What the run is called and when it may go on without everybody."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    seed: int = Field(0, ge=0)
+    quorum: int = Field(0, ge=0, description="domains that must deliver; 0 means all that were invited")
+    deadline_minutes: float = Field(24 * 60, gt=0, description="after this the run goes on with the quorum")
+    allow_vector_sharing: bool = Field(False, description="never needed by the merge methods here")
+
+
+class BaseSection(Frozen):
+    """The shared base model: `embedded` (all-MiniLM-L6-v2) or a folder in Hugging Face layout."""
+
+    model: str = EMBEDDED_BASE
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+
+
+class TextSection(Frozen):
+    """How items and histories become text (MergeRec sec. 2; METHODS defaults)."""
+
+    attributes: tuple[str, ...] = ("title", "brand", "category")
+    max_attribute_tokens: int = Field(32, ge=1)
+    max_seq_len: int = Field(64, ge=8, description="tokens of a user's history, special tokens included")
+    max_history_items: int = Field(50, ge=1)
+
+
+class TrainingSection(Frozen):
+    """Fine-tuning inside a domain."""
+
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(5e-5, gt=0)
+    temperature: float = Field(0.05, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    max_steps: int = Field(300, ge=1)
+    eval_every_steps: int = Field(100, ge=1)
+    patience: int = Field(5, ge=1, description="evaluations without a better validation NDCG@10")
+    checkpoint_every_steps: int = Field(50, ge=1)
+    max_minutes: float | None = Field(
+        None, gt=0, description="wall-clock budget; still ends with a valid vector"
+    )
+    positions_per_user: Literal["all", "last"] = "all"
+    dropout: float | None = Field(None, ge=0, lt=1, description="None keeps the base model's own")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    validation_users: int = Field(1000, ge=1, description="at most so many for early stopping")
+    vector_codec: Literal["fp32", "bf16"] = "bf16"
+
+
+class LearningSection(Frozen):
+    """Learned merging coefficients on pseudo-users (METHODS: the three switches are keys here).
+
+    `preset = "reference"` fills every key that is not given with the authors' value; a dump of the
+    section holds the resolved values, so it reads back as the same section.
+    """
+
+    preset: Literal["default", "reference"] = "default"
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    initial: float | None = Field(None, description="None: 0.2 on plain vectors, 1.0 on TIES-processed ones")
+    temperature: float = Field(0.05, gt=0)
+    distillation_weight: float = Field(1000.0, ge=0, description="alpha of MergeRec")
+    item_embeddings: Literal["stale", "refreshed"] = "refreshed"
+    refresh_every_steps: int = Field(100, ge=1)
+    mask_seen: bool = True
+    history_length: int = Field(1, ge=1, description="1: one-item histories; n: rolled out to 1..n items")
+    rollout_top_k: int = Field(20, ge=1, description="a rolled-out item is drawn from the teacher's best k")
+    rollout_temperature: float = Field(0.05, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "reference":
+            return {**REFERENCE_LEARNING, **data}
+        return data
+
+
+class MergeMethod(Frozen):
+    """One `[[merge]]` entry: a method, its options, and the name under which it is reported."""
+
+    method: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._-]{0,39})?$")
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    learning: LearningSection | None = None
+
+    @property
+    def label(self) -> str:
+        """The name in tables: `name` if given, else method plus granularity."""
+        if self.name:
+            return self.name
+        granularity = self.options.get("granularity")
+        return f"{self.method}-{granularity}" if granularity else self.method
+
+
+class EvaluationSection(Frozen):
+    """Leave-one-out, full ranking over the domain's catalog."""
+
+    k: int = Field(10, ge=1)
+    mask_seen: bool = Field(False, description="leave the history's own items out of the ranking")
+    max_users: int | None = Field(None, ge=1)
+    batch_size: int = Field(128, ge=1)
+
+
+class RunConfig(Frozen):
+    """Everything that a run needs to say, read from one TOML file."""
+
+    run: RunSection = RunSection()
+    base: BaseSection = BaseSection()
+    text: TextSection = TextSection()
+    training: TrainingSection = TrainingSection()
+    learning: LearningSection = LearningSection()
+    merge: tuple[MergeMethod, ...] = (
+        MergeMethod(method="weight-averaging"),
+        MergeMethod(method="task-arithmetic"),
+        MergeMethod(method="ties"),
+        MergeMethod(method="adamerging", options={"granularity": "domain"}),
+        MergeMethod(method="adamerging", options={"granularity": "layer"}),
+        MergeMethod(method="mergerec", options={"granularity": "domain"}),
+        MergeMethod(method="mergerec", options={"granularity": "layer"}),
+    )
+    publish: str = Field("mergerec-layer", description="label of the merge that becomes the universal model")
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> RunConfig:
+        labels = [method.label for method in self.merge]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"two [[merge]] entries are called {twice[0]!r}; give one a `name`")
+        if self.publish not in labels:
+            raise ValueError(f"publish = {self.publish!r} names no [[merge]] entry; there are {labels}")
+        return self
+
+
+ModelT = TypeVar("ModelT", bound=Frozen)
+
+
+def load_toml(path: Path, model: type[ModelT]) -> ModelT:
+    """Read `path` as `model`. Raises ConfigError naming the file, the key and the nearest known key."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file", next_step="check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
+    return validate(data, model, where=str(path))
+
+
+def validate(data: dict[str, Any], model: type[ModelT], *, where: str) -> ModelT:
+    """Validate `data` as `model`; every refusal becomes a ConfigError that says where."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as err:
+        raise _explain(err, model, where) from None
+
+
+def _explain(err: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+    first = err.errors()[0]
+    path = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, first["loc"][:-1])
+        wrong = str(first["loc"][-1])
+        near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return ConfigError(f"{where}: unknown key {path!r}", next_step=hint)
+    return ConfigError(f"{where}: {path}: {first['msg']}", next_step="mend the value")
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The field names of the sub-model at `loc` (list indices are skipped)."""
+    current: type[BaseModel] = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        found = _model_in(field.annotation) if field else None
+        if found is None:
+            return []
+        current = found
+    return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

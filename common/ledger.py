@@ -1,0 +1,285 @@
+"""Append-only logs: the ledger of what crossed, and the journal of what was done.
+
+One entry a line, canonical JSON with its index and the hash of the line before, so that an edit, a gap
+or a swap shows at the next reading. An append holds a file lock (several processes share a log), is
+fsynced before it returns, and either is there or is not: a line that a crash cut short is removed by
+the next append, a line that the disk did not take is taken back at once. Damage anywhere else raises
+LedgerError with the line's number; a log is never repaired by guessing.
+
+`Ledger` and `Journal` are two views of such a log. Write to them before you send or start anything.
+
+    >>> from tempfile import mkdtemp
+    >>> journal = Journal(Path(mkdtemp()) / "journal.jsonl")
+    >>> journal.put("trained/demo", {"steps": 3})
+    >>> journal.get("trained/demo")
+    {'steps': 3}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common import canonical
+from common.errors import LedgerError, ParcelError
+from common.files import fsync_folder, sha256_bytes, storage_errors, write_all
+
+EMPTY_HEAD = "0" * 64
+LINE_BYTES = 2 * canonical.MAX_BYTES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry; `digest` is the SHA-256 of its line, which the next line repeats as `prev`."""
+
+    index: int
+    prev: str
+    body: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """How long a log is and the digest of its last entry."""
+
+    size: int
+    head: str
+
+
+class AppendOnlyLog:
+    """A chain of entries in one file, shared between threads and processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, made if missing. Raises LedgerError when an entry does not follow from the last."""
+        self.path = path
+        self._entries: list[Entry] = []
+        self._read_bytes = 0
+        self._guard = threading.RLock()
+        self._held = 0
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.close(descriptor)
+            fsync_folder(path.parent)
+        with self.locked():
+            pass
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self._entries[index]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries[:])
+
+    @property
+    def head(self) -> Head:
+        """Size and head digest as of the last refresh or append."""
+        with self._guard:
+            return Head(len(self._entries), self._entries[-1].digest if self._entries else EMPTY_HEAD)
+
+    def head_at(self, index: int) -> Head:
+        """The head right after entry `index`."""
+        return Head(index + 1, self._entries[index].digest)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this log against all other threads and processes; what they wrote has been read."""
+        with self._guard:
+            if self._held:
+                self._held += 1
+                try:
+                    yield
+                finally:
+                    self._held -= 1
+                return
+            descriptor = os.open(self.path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._held = 1
+                self._descriptor = descriptor
+                self.refresh()
+                if os.fstat(descriptor).st_size > self._read_bytes:
+                    os.ftruncate(descriptor, self._read_bytes)  # the line that a crash cut short
+                    os.fsync(descriptor)
+                yield
+            finally:
+                self._held = 0
+                os.close(descriptor)
+
+    def append(self, body: dict[str, Any]) -> Entry:
+        """Add `body` durably. Raises StorageError when the disk is full (then nothing was added)."""
+        with self.locked():
+            index, prev = len(self._entries), self.head.head
+            line = _encode({"body": body, "index": index, "prev": prev})
+            try:
+                with storage_errors(self.path):
+                    os.lseek(self._descriptor, self._read_bytes, os.SEEK_SET)
+                    write_all(self._descriptor, line + b"\n")
+                    os.fsync(self._descriptor)
+            except BaseException:
+                os.ftruncate(self._descriptor, self._read_bytes)
+                raise
+            entry = Entry(index, prev, body, sha256_bytes(line))
+            self._accept(entry, len(line) + 1)
+            return entry
+
+    def refresh(self) -> None:
+        """Read what other processes appended. Raises LedgerError at the first damaged line."""
+        with self._guard, self.path.open("rb") as source:
+            if os.fstat(source.fileno()).st_size < self._read_bytes:
+                raise LedgerError(
+                    f"{self.path}: shorter than it was: entries below index {len(self)} are gone",
+                    next_step="restore the file; a log must never shrink",
+                )
+            source.seek(self._read_bytes)
+            while (line := source.readline(LINE_BYTES + 1)).endswith(b"\n"):
+                self._accept(self._check(line[:-1]), len(line))
+
+    def _accept(self, entry: Entry, size_bytes: int) -> None:
+        self._entries.append(entry)
+        self._read_bytes += size_bytes
+
+    def _check(self, line: bytes) -> Entry:
+        index = len(self._entries)
+        try:
+            record = canonical.decode(line, max_bytes=LINE_BYTES)
+        except ParcelError as err:
+            raise self._damaged(index, err.message) from None
+        if not isinstance(record, dict) or set(record) != {"body", "index", "prev"}:
+            raise self._damaged(index, "not an entry")
+        if record["index"] != index or record["prev"] != self.head.head:
+            raise self._damaged(index, "does not follow from the entry before it")
+        return Entry(index, record["prev"], record["body"], sha256_bytes(line))
+
+    def _damaged(self, index: int, what: str) -> LedgerError:
+        return LedgerError(
+            f"{self.path}: line {index + 1} (index {index}): {what}",
+            next_step="restore the file from a copy; it was edited or damaged",
+        )
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        return canonical.encode(record, max_bytes=LINE_BYTES)
+    except ParcelError as err:
+        raise LedgerError(f"this entry cannot be recorded: {err.message}") from None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One thing that crossed, or was about to: the fields of a ledger entry."""
+
+    direction: Literal["in", "out"]
+    channel: Literal["control", "data"]
+    type: Literal["parcel", "receipt", "message"]
+    digest: str  # SHA-256 of the bytes that crossed; a parcel's is its envelope's
+    size_bytes: int  # payload included
+    peer: str
+    kind: str
+    run: str
+    verdict: str = ""  # "accepted", or the reason code of a refusal; empty while it is not known
+    time_s: int = 0
+
+
+class Ledger(AppendOnlyLog):
+    """What crossed. An entry is written before the bytes move, so it may claim too much, never too little."""
+
+    def __init__(self, path: Path) -> None:
+        self._first: dict[tuple[str, str, str, str], int] = {}
+        super().__init__(path)
+
+    def record(self, crossing: Crossing) -> Entry:
+        """Append `crossing`; `time_s` 0 means now. Raises StorageError when the disk is full."""
+        body = asdict(crossing)
+        body["time_s"] = crossing.time_s or int(time.time())
+        return self.append(body)
+
+    def record_once(self, crossing: Crossing) -> Entry:
+        """As `record`, but the same bytes in the same direction to or from the same peer count once."""
+        with self.locked():
+            index = self._first.get(_identity(asdict(crossing)))
+            return self[index] if index is not None else self.record(crossing)
+
+    def _accept(self, entry: Entry, size_bytes: int) -> None:
+        if isinstance(entry.body, dict):
+            self._first.setdefault(_identity(entry.body), entry.index)
+        super()._accept(entry, size_bytes)
+
+
+def _identity(body: dict[str, Any]) -> tuple[str, str, str, str]:
+    return (
+        str(body.get("direction")),
+        str(body.get("digest")),
+        str(body.get("peer")),
+        str(body.get("verdict")),
+    )
+
+
+class Journal:
+    """Facts by key, on an append-only log: what a process needs to know after kill -9.
+
+    A record is any JSON object (floats and nulls too). The newest record of a key counts. Keys are
+    printable ASCII; `a/b/c` is the habit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._log = AppendOnlyLog(path)
+        self._records: dict[str, dict[str, Any]] = {}
+        self._applied = 0
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Check and put as one step, against all other threads and processes."""
+        with self._log.locked():
+            yield
+
+    def put(self, key: str, record: dict[str, Any]) -> None:
+        """Record a fact durably; the same fact again writes nothing. Raises StorageError, LedgerError."""
+        with self._log.locked():
+            if self.get(key) != record:
+                self._log.append({"key": key, "record": _dump(record)})
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The newest record of `key`, other processes' included."""
+        self.refresh()
+        return self._records.get(key)
+
+    def items(self, prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+        """Keys that start with `prefix` and their records, sorted by key."""
+        self.refresh()
+        return sorted(
+            ((key, record) for key, record in list(self._records.items()) if key.startswith(prefix)),
+            key=lambda item: item[0],
+        )
+
+    def refresh(self) -> None:
+        """Take in what other processes recorded."""
+        with self._log._guard:
+            self._log.refresh()
+            while self._applied < len(self._log):
+                body = self._log[self._applied].body
+                try:
+                    self._records[body["key"]] = json.loads(body["record"])
+                except (KeyError, TypeError, ValueError):
+                    raise LedgerError(
+                        f"{self._log.path}: line {self._applied + 1}: not a journal record",
+                        next_step="restore the file from a copy; it was edited or damaged",
+                    ) from None
+                self._applied += 1
+
+
+def _dump(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError):
+        raise LedgerError("this record is not plain JSON with finite numbers") from None

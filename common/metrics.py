@@ -1,0 +1,49 @@
+"""Ranking metrics: where the one relevant item lands in a full ranking, and what that is worth.
+
+The rule for ties, stated once: **ties count against us**. The relevant item is placed last among
+equals, so a constant scorer gets the worst rank, not the best. Ranks start at 1. A score that is not
+a number counts as better than the target, and a target without a number as worst.
+
+    >>> rank_B = ranks(torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([1]))
+    >>> rank_B.tolist(), recall_at_k(rank_B, 1), recall_at_k(rank_B, 2)
+    ([2], 0.0, 1.0)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranks(scores_BI: Tensor, target_B: Tensor, mask_BI: Tensor | None = None) -> Tensor:
+    """The rank (1 = best, int64) of each row's target among all items of the row.
+
+    `mask_BI` is True where an item is left out of the ranking; the target itself is never left out.
+    """
+    target_B = target_B.to(scores_BI.device, torch.int64)
+    target_score_B1 = scores_BI.gather(1, target_B[:, None])
+    not_worse_BI = ~(scores_BI < target_score_B1)  # a NaN on either side counts against the target
+    if mask_BI is not None:
+        not_worse_BI &= ~mask_BI.to(scores_BI.device)
+    not_worse_BI.scatter_(1, target_B[:, None], True)
+    return not_worse_BI.sum(dim=1)
+
+
+def recall_at_k(rank_B: Tensor, k: int = 10) -> float:
+    """The share of rows whose target is among the first `k`; 0.0 without rows."""
+    if rank_B.numel() == 0:
+        return 0.0
+    return float((rank_B <= k).to(torch.float64).mean())
+
+
+def ndcg_at_k(rank_B: Tensor, k: int = 10) -> float:
+    """Mean of `1 / log2(1 + rank)` where `rank <= k`, else 0 (one relevant item, so the ideal is 1)."""
+    if rank_B.numel() == 0:
+        return 0.0
+    gain_B = 1.0 / torch.log2(1.0 + rank_B.to(torch.float64))
+    return float(torch.where(rank_B <= k, gain_B, torch.zeros_like(gain_B)).mean())
+
+
+def metric_names(k: int = 10) -> tuple[str, str]:
+    """The names under which the two metrics appear everywhere: `recall@k` and `ndcg@k`."""
+    return f"recall@{k}", f"ndcg@{k}"

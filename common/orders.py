@@ -1,0 +1,109 @@
+"""Orders: what the server asks a domain to do over the control channel, and the domain's short replies.
+
+An order is a DSSE envelope signed with the server's identity key, so that nobody between the two (not
+even Flower's own processes) can ask for anything. It says what is wanted, never how: the owner runs its
+installed code. The configuration rides along as the JSON text of a `RunConfig`.
+
+    contribute   send card and catalog, fine-tune, send the task vector and the allowed metrics
+    evaluate     fetch candidate vectors, evaluate each on the private test set, send the allowed metrics
+    install      fetch the universal vector, verify, install, evaluate, send the allowed metrics
+
+A reply is a flat record of codes, digests and numbers: `status` is `done`, `refused` (never ask again)
+or `failed` (asking again may work), `code` names the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import RunConfig, validate
+from common.errors import IsthmusError, ParcelError
+from common.signing import PublicKey, Sealed, SigningKey, seal
+
+PAYLOAD_TYPE = "application/vnd.isthmus.order+json"
+CONTRIBUTE, EVALUATE, INSTALL = "contribute", "evaluate", "install"
+ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL)
+ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2}
+
+DONE, REFUSED, FAILED = "done", "refused", "failed"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merged vector to fetch: its label in tables, its parcel, and the digest of the resulting model."""
+
+    label: str
+    parcel: str
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """One signed request. `round` follows from the action and names the metrics parcel that answers it."""
+
+    action: str
+    run: str
+    recipient: str
+    config: RunConfig
+    base_digest: str
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def round(self) -> int:
+        """0 contribute, 1 evaluate, 2 install."""
+        return ROUND[self.action]
+
+    def sign(self, key: SigningKey) -> bytes:
+        """The sealed order as bytes."""
+        statement = {
+            "action": self.action,
+            "run": self.run,
+            "recipient": self.recipient,
+            "config": json.dumps(self.config.model_dump(mode="json"), sort_keys=True),
+            "base_digest": self.base_digest,
+            "candidates": [
+                {"label": c.label, "parcel": c.parcel, "model_digest": c.model_digest}
+                for c in self.candidates
+            ],
+        }
+        return seal(statement, key, payload_type=PAYLOAD_TYPE)
+
+    @classmethod
+    def open(cls, envelope: bytes, server: PublicKey, recipient: str) -> Order:
+        """Verify and read. Raises SignatureError, ParcelError or ConfigError."""
+        body = Sealed.parse(envelope).open(server, payload_type=PAYLOAD_TYPE)
+        try:
+            order = cls(
+                action=_text(body, "action"),
+                run=_text(body, "run"),
+                recipient=_text(body, "recipient"),
+                config=validate(
+                    json.loads(_text(body, "config")), RunConfig, where="the run's configuration"
+                ),
+                base_digest=_text(body, "base_digest"),
+                candidates=tuple(
+                    Candidate(**{str(k): str(v) for k, v in c.items()}) for c in body["candidates"]
+                ),
+            )
+        except IsthmusError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise ParcelError(f"the server's order is malformed: {type(err).__name__}") from None
+        if order.action not in ACTIONS or set(body) != STATEMENT_FIELDS:
+            raise ParcelError(f"the server's order asks for {order.action!r}; we know {', '.join(ACTIONS)}")
+        if order.recipient != recipient:
+            raise ParcelError(f"the order is for {order.recipient!r}, and this is {recipient!r}")
+        return order
+
+
+STATEMENT_FIELDS = {"action", "run", "recipient", "config", "base_digest", "candidates"}
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body[name]
+    if not isinstance(value, str):
+        raise TypeError(name)
+    return value

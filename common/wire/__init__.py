@@ -1,0 +1,1 @@
+"""Generated stubs of the data channel; `generate.py` makes them again."""

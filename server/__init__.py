@@ -1,0 +1,1 @@
+"""The merge server's shore: admission, merging, learning and publishing; never an interaction."""

@@ -1,0 +1,135 @@
+"""Admission: every decision about what the server takes, in one place and without I/O.
+
+`Admission` is given what is known (member, certificate, run, usage, clock) and what was read (envelope,
+payload facts), and either returns or raises RefusedError with a stable `reason` and a text for the
+sender. It opens no file and no socket; `server.intake` does that around it.
+
+The rules, in order. Before a byte of payload (`check_header`):
+
+ 1. `malformed`       the envelope is exactly one of ours, and its header keeps the schema
+ 2. `unknown-sender`  it is signed by a member's identity key; `revoked` if that member was revoked
+ 3. `signature`       the signature verifies; nothing of the header is believed before this
+ 4. `sender`          the header's sender is that member, and the TLS certificate is that member's own
+ 5. `recipient`       it is addressed to this server
+ 6. `expired`         its clock fits ours within `SKEW_S`, and it has not expired
+ 7. `wrong-run`       the run is open, has this domain and this round
+ 8. `kind`            the run takes parcels of this kind
+ 9. `replay`          its nonce was not used by another envelope of this sender
+10. `base-mismatch`   it is about the run's base model
+11. `tensor-table`    a task vector names exactly the run's trainable tensors, with shape and dtype
+12. `quota`           size and count, with what is under way, are within the run's quota
+
+After the payload (`check_payload`):
+
+13. `payload-digest`  the bytes are those that the header names
+14. `payload`         they are a strict file of the kind
+15. `tensor-table`    each tensor is the one that the header names, to its digest
+16. `not-finite`      no NaN, no infinity
+17. `norm`            the L2 norm is above 0 and within the run's bound
+18. `metrics`         only the run's metrics (`METRIC` or `LABEL/METRIC`), as finite numbers
+19. `sender`          a catalog is of the sender's own domain
+
+The header rules are applied twice, the second time under the store's lock right before acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.errors import ParcelError, RefusedError, SignatureError
+from common.parcels import SERVER, SKEW_S, Header, Kind
+from common.payloads import PayloadFacts, check_table, check_tensors
+from common.signing import Sealed
+from server.members import Member
+from server.store import OpenRun
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the server knows when it decides about one header."""
+
+    run: OpenRun | None
+    nonces: Mapping[str, str]  # of this sender: nonce to the envelope's digest
+    used_parcels: int
+    used_bytes: int
+    now_s: int
+
+
+class Admission:
+    """The rules above. Stateless: the same input gives the same verdict."""
+
+    def read_header(self, envelope: bytes, member: Member | None) -> tuple[Header, Member]:
+        """Rules 1 to 3: the header, and who signed it. Raises RefusedError."""
+        try:
+            sealed = Sealed.parse(envelope)
+        except ParcelError as err:
+            raise RefusedError(err.message, reason="malformed") from None
+        if member is None or member.key.key_id != sealed.key_id:
+            raise RefusedError("signed by a key that no member has", reason="unknown-sender")
+        if member.is_revoked:
+            raise RefusedError("this member was revoked", reason="revoked")
+        try:
+            return Header.open(sealed, member.key), member
+        except SignatureError as err:
+            raise RefusedError(err.message, reason="signature") from None
+        except ParcelError as err:
+            raise RefusedError(err.message, reason="malformed") from None
+
+    def check_sender(self, header: Header, member: Member, peer_fingerprint: str) -> None:
+        """Rule 4: header, key and TLS certificate (SHA-256 of its DER) are one member's."""
+        if header.sender != member.domain or peer_fingerprint != member.certificate_fingerprint:
+            raise RefusedError("header, key and TLS certificate must be one member's", reason="sender")
+
+    def check_header(self, header: Header, digest: str, known: Known) -> None:
+        """Rules 5 to 12, for a header that passed 1 to 4. Raises RefusedError."""
+        run = known.run
+        if header.recipient != SERVER:
+            raise RefusedError(f"addressed to {header.recipient!r}, not to {SERVER!r}", reason="recipient")
+        if header.created_s > known.now_s + SKEW_S or header.expires_s < known.now_s - SKEW_S:
+            raise RefusedError("expired, or from the future: check the clock", reason="expired")
+        if run is None or run.closed or header.sender not in run.domains or header.round >= run.rounds:
+            raise RefusedError(
+                f"run {header.run!r} round {header.round} is not open here", reason="wrong-run"
+            )
+        if header.kind not in run.kinds:
+            raise RefusedError(f"this run takes no {header.kind}", reason="kind")
+        if known.nonces.get(header.nonce, digest) != digest:
+            raise RefusedError("another parcel used this nonce", reason="replay")
+        if header.base_digest != run.base_digest:
+            raise RefusedError(
+                f"base model {header.base_digest[:12]}, this run's is {run.base_digest[:12]}",
+                reason="base-mismatch",
+            )
+        if header.kind is Kind.TASK_VECTOR:
+            check_table(header, run.tensors)
+        self._check_quota(header, run, known)
+
+    def _check_quota(self, header: Header, run: OpenRun, known: Known) -> None:
+        over = {
+            "bytes in one payload": (header.payload_bytes, run.max_payload_bytes),
+            "payload bytes in this run": (known.used_bytes + header.payload_bytes, run.quota_bytes),
+            "parcels in this run": (known.used_parcels + 1, run.quota_parcels),
+        }
+        for what, (wanted, allowed) in over.items():
+            if wanted > allowed:
+                raise RefusedError(f"{wanted} {what}, at most {allowed} are allowed", reason="quota")
+
+    def check_digest(self, header: Header, digest: str, size_bytes: int) -> None:
+        """Rule 13: the bytes that arrived are those that were signed. Raises RefusedError."""
+        if (digest, size_bytes) != (header.payload_digest, header.payload_bytes):
+            raise RefusedError("the payload is not the one that the header names", reason="payload-digest")
+
+    def check_payload(self, header: Header, facts: PayloadFacts, run: OpenRun) -> None:
+        """Rules 13 to 19, of what `common.payloads.inspect` read. Raises RefusedError."""
+        self.check_digest(header, facts.digest, facts.size_bytes)
+        if header.kind.holds_tensors:
+            check_tensors(header, facts, max_norm=run.max_norm)
+        if header.kind in (Kind.METRICS, Kind.FITNESS):
+            for name, value in facts.values.items():
+                if name.rpartition("/")[2] not in run.metrics:
+                    raise RefusedError(f"metric {name}: not one of this run's", reason="metrics")
+                if isinstance(value, str):
+                    raise RefusedError(f"metric {name}: not a number", reason="metrics")
+        if header.kind is Kind.CATALOG and facts.catalog_domain != header.sender:
+            raise RefusedError("the catalog is of another domain than its sender", reason="sender")

@@ -1,0 +1,244 @@
+"""`isthmus server` and `isthmus run`: what the operator of the merge server types."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import RunConfig, load_toml, validate
+from common.errors import ConfigError, FederationError
+from common.models.base import model_digest, resolve_base, trainable_tensors
+from common.processes import listens
+from common.progress import read_status
+from server.home import Ports, ServerConfig, ServerHome
+from server.runs import FINAL, Run
+
+DEFAULT_HOME = Path("~/.isthmus/server")
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="ISTHMUS_SERVER_HOME", help="the server's home directory")
+]
+
+app = typer.Typer(help="The merge server: init, invite, up, status.", no_args_is_help=True)
+run_app = typer.Typer(help="Runs on this merge server: start, status, list, stop.", no_args_is_help=True)
+
+
+@app.command()
+def init(
+    home: HomeOption = DEFAULT_HOME,
+    name: Annotated[str, typer.Option(help="how the server is called")] = "merge-server",
+    host: Annotated[
+        list[str] | None, typer.Option(help="name or address that domains use; may be repeated")
+    ] = None,
+    bind: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for all")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="first of four ports: fleet, exchange, enrol, SuperLink")] = 9101,
+) -> None:
+    """Make the server's home: keys, certificates, server.toml."""
+    data = {
+        "name": name,
+        "hosts": host or ["127.0.0.1"],
+        "bind": bind,
+        "ports": {"fleet": port, "exchange": port + 1, "enrol": port + 2, "superlink": port + 3},
+    }
+    created = create_home(home.expanduser(), data)
+    typer.echo(f"server {name} in {created.path}")
+    typer.echo(f"identity fingerprint: {created.identity.public.fingerprint}")
+    typer.echo(f"next: isthmus server up --home {home}")
+
+
+def create_home(path: Path, data: dict[str, Any]) -> ServerHome:
+    """A new home from plain values. Raises ConfigError."""
+    ports = validate(data["ports"], Ports, where="ports")
+    return ServerHome.create(
+        path, validate({**data, "ports": ports.model_dump()}, ServerConfig, where="server")
+    )
+
+
+@app.command()
+def up(home: HomeOption = DEFAULT_HOME) -> None:
+    """Start the server's processes and keep them running until Ctrl-C."""
+    from server.up import up as serve
+
+    opened = _open(home)
+    typer.echo(
+        f"server {opened.config.name}: fleet {opened.address('fleet')}, "
+        f"exchange {opened.address('exchange')}, enrolment {opened.address('enrol')}; Ctrl-C ends it"
+    )
+    serve(opened)
+
+
+@app.command()
+def invite(
+    domain: Annotated[str, typer.Argument(help="the domain's name: lower-case letters, digits, - and _")],
+    home: HomeOption = DEFAULT_HOME,
+    out: Annotated[Path | None, typer.Option(help="where to write the kit")] = None,
+) -> None:
+    """Write a join kit for a domain. Hand it over, and compare the fingerprint by another way."""
+    from server.kit import write_kit
+
+    path = out or Path(f"{domain}.kit.json")
+    kit = write_kit(_open(home), domain, path)
+    typer.echo(f"wrote {path}")
+    typer.echo(f"fingerprint to compare with the owner: {kit.fingerprint}")
+
+
+@app.command()
+def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """What runs, who joined, which runs are open."""
+    opened = _open(home)
+    ports = opened.config.ports
+    services = {
+        "superlink": listens("127.0.0.1", ports.superlink),
+        **{name: listens(_here(opened), getattr(ports, name)) for name in ("fleet", "exchange", "enrol")},
+    }
+    members = [
+        {"domain": m.domain, "pseudonym": m.pseudonym, "joined_s": m.joined_s, "revoked": m.is_revoked}
+        for m in opened.members.all()
+    ]
+    runs = [_run_record(run) for run in opened.runs.all()]
+    if as_json:
+        typer.echo(json.dumps({"services": services, "members": members, "runs": runs}, indent=1))
+        return
+    for name, alive in services.items():
+        typer.echo(f"{name:10} {'up' if alive else 'down'}")
+    for member in members:
+        typer.echo(f"member     {member['domain']} ({member['pseudonym']})")
+    for record in runs:
+        typer.echo(f"run        {record['run']} {record['state']} {record['phase']}")
+
+
+@app.command("serve-fleet", hidden=True)
+def serve_fleet(path: Path) -> None:
+    """The Fleet proxy's process."""
+    from server.fleet_proxy import serve
+
+    home = ServerHome(path)
+    keys = home.keys
+    serve(
+        home.config.bind,
+        home.config.ports.fleet,
+        f"https://127.0.0.1:{home.config.ports.superlink}",
+        keys / "ca.crt",
+        keys / "tls.crt",
+        keys / "tls.key",
+    )
+
+
+@app.command("serve-exchange", hidden=True)
+def serve_exchange(path: Path) -> None:
+    """The Exchange's process."""
+    from server.services import serve
+
+    serve(ServerHome(path))
+
+
+@run_app.command()
+def start(
+    config: Annotated[Path, typer.Argument(help="the run's configuration, TOML")],
+    home: HomeOption = DEFAULT_HOME,
+    wait: Annotated[bool, typer.Option(help="stay until the run is over")] = False,
+) -> None:
+    """Start a run with every domain that has joined."""
+    opened = _open(home)
+    run = create_run(opened, load_toml(config, RunConfig))
+    typer.echo(run.spec.run_id)
+    if not listens("127.0.0.1", opened.config.ports.superlink):
+        typer.echo("the server is not up: the run begins with `isthmus server up`", err=True)
+    while wait and not run.is_final:
+        time.sleep(1.0)
+    if wait:
+        _print_run(run)
+        if run.state["state"] != "done":
+            raise typer.Exit(1)
+
+
+def create_run(home: ServerHome, config: RunConfig) -> Run:
+    """A pending run of `config`, checked as far as it can be before anybody trains."""
+    from server.merge import check_method
+
+    for method in config.merge:
+        check_method(method)
+    base = resolve_base(config.base.model)
+    members = tuple(m.domain for m in home.members.all() if not m.is_revoked)
+    return home.runs.create(
+        config,
+        base_digest=model_digest(base),
+        tensors={name: list(shape) for name, shape in trainable_tensors(base).items()},
+        members=members,
+    )
+
+
+@run_app.command("status")
+def run_status(
+    run: Annotated[str, typer.Argument(help="run id, or how it begins; default: the newest")] = "",
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """How far a run is."""
+    opened = _open(home)
+    if not run and not opened.runs.all():
+        raise FederationError("there is no run", next_step="isthmus run start CONFIG")
+    _print_run(opened.runs.get(run) if run else opened.runs.all()[-1])
+
+
+@run_app.command("list")
+def run_list(home: HomeOption = DEFAULT_HOME) -> None:
+    """Every run of this server."""
+    table = Table("run", "state", "phase", "started", box=None)
+    for run in _open(home).runs.all():
+        record = _run_record(run)
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.spec.created_s))
+        table.add_row(record["run"], record["state"], record["phase"], started)
+    Console().print(table)
+
+
+@run_app.command()
+def stop(run: str, home: HomeOption = DEFAULT_HOME) -> None:
+    """Ask a run to end. What was delivered is kept."""
+    found = _open(home).runs.get(run)
+    if found.is_final:
+        raise ConfigError(f"{found.spec.run_id} is {found.state['state']} already")
+    found.stop()
+    typer.echo(f"{found.spec.run_id} will stop at its next step")
+
+
+def _open(home: Path) -> ServerHome:
+    return ServerHome(home.expanduser())
+
+
+def _here(home: ServerHome) -> str:
+    return "127.0.0.1" if home.config.bind == "0.0.0.0" else home.config.bind  # noqa: S104 - compared only
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    state = run.state
+    return {
+        "run": run.spec.run_id,
+        "state": state["state"],
+        "phase": state["phase"],
+        "reason": state["reason"],
+    }
+
+
+def _print_run(run: Run) -> None:
+    record = _run_record(run)
+    typer.echo(f"{record['run']}: {record['state']} {record['phase']}".rstrip())
+    if record["reason"]:
+        typer.echo(f"  {record['reason']}")
+    if record["state"] not in FINAL:
+        live = read_status(run.folder / "status.json")
+        if live:
+            typer.echo(f"  {live.get('phase', '')} {live.get('step', 0)}/{live.get('total', 0)}")
+    if record["state"] == "done":
+        typer.echo(f"  model {run.folder / 'model'}\n  report {run.folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    from common.guard import check_imports
+
+    check_imports()
+    app()

@@ -1,0 +1,1 @@
+"""Names the installed components; holds no code of its own."""

@@ -1,0 +1,5 @@
+"""The installed ServerApp."""
+
+from server.app import app
+
+__all__ = ["app"]

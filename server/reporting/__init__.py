@@ -1,0 +1,1 @@
+"""What `server.report` is made of."""

@@ -1,0 +1,199 @@
+"""The rounds of one run in order: contribute, merge, evaluate, publish and install, report.
+
+Each step looks first at what is on disk, so a new process goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.catalog import Catalog
+from common.errors import FederationError
+from common.ledger import Journal
+from common.metrics import metric_names
+from common.models.base import model_digest, resolve_base
+from common.orders import EVALUATE, INSTALL, ROUND, Candidate
+from common.parcels import EVERYONE, SERVER, Codec, Kind, Parcel, code_version, draft, seal_parcel
+from common.progress import StatusFile
+from common.vectors import TaskVector, read_vector, write_vector
+from server.federation import Control, GridLike, Outcome, ask_for_metrics, contribute
+from server.home import ServerHome
+from server.merge import MergeResult, run_merge
+from server.publishing import Provenance, publish
+from server.results import write_results
+from server.runs import DONE, RUNNING, Run
+from server.store import OpenRun
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the domains delivered, read back from the store: all that merging ever sees."""
+
+    taus: dict[str, TaskVector]
+    catalogs: dict[str, Catalog]
+    vector_parcels: dict[str, Parcel]
+    synthetic: frozenset[str]
+
+
+def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
+    """Work through `run` to its end. Raises IsthmusError; what is done by then is kept."""
+    status = StatusFile(run.folder / "status.json", run=run.spec.run_id)
+    control = Control(grid, home, run)
+    journal = Journal(run.folder / "journal.jsonl")
+    home.store.open_run(
+        OpenRun(
+            run=run.spec.run_id,
+            base_digest=run.spec.base_digest,
+            domains=frozenset(run.spec.members),
+            tensors={name: tuple(shape) for name, shape in run.spec.tensors.items()},
+            rounds=len(ROUND),
+            metrics=frozenset(metric_names(run.spec.config.evaluation.k)),
+        )
+    )
+
+    _enter(run, journal, status, "contribute")
+    outcome = contribute(control, home, run)
+    journal.put("contributed", {"delivered": outcome.delivered, "lost": outcome.lost})
+
+    _enter(run, journal, status, "merge")
+    inputs = read_inputs(home, run, outcome.delivered)
+    merged = [
+        run_merge(
+            method,
+            resolve_base(run.spec.config.base.model),
+            inputs.taus,
+            inputs.catalogs,
+            run.spec.config,
+            run.folder / "merges",
+            status,
+        )
+        for method in run.spec.config.merge
+    ]
+
+    _enter(run, journal, status, "evaluate")
+    candidates = [_publish_vector(home, run, journal, result, Kind.CANDIDATE) for result in merged]
+    evaluated = ask_for_metrics(control, home, run, EVALUATE, outcome.delivered, candidates)
+
+    _enter(run, journal, status, "install")
+    chosen = next(result for result in merged if result.label == run.spec.config.publish)
+    universal = _publish_universal(home, run, journal, chosen, inputs)
+    installed = ask_for_metrics(control, home, run, INSTALL, evaluated.delivered, [universal])
+
+    _enter(run, journal, status, "report")
+    write_results(home, run, merged, _lost(outcome, evaluated, installed))
+    home.store.close_run(run.spec.run_id)
+    run.set_state(DONE, phase="done")
+    status(phase="done", step=1, total=1)
+
+
+def read_inputs(home: ServerHome, run: Run, domains: Iterable[str]) -> Inputs:
+    """The admitted vectors and catalogs of `domains`."""
+    expected = {name: tuple(shape) for name, shape in run.spec.tensors.items()}
+    taus, catalogs, parcels, synthetic = {}, {}, {}, set()
+    for domain in domains:
+        vector = _admitted(home, run, Kind.TASK_VECTOR, domain)
+        taus[domain] = read_vector(vector.payload, expected, run.spec.config.training.vector_codec)
+        catalogs[domain] = Catalog.read(_admitted(home, run, Kind.CATALOG, domain).payload)
+        card = json.loads(_admitted(home, run, Kind.DOMAIN_CARD, domain).payload.read_bytes())
+        if card.get("synthetic"):
+            synthetic.add(domain)
+        parcels[domain] = vector
+    return Inputs(taus, catalogs, parcels, frozenset(synthetic))
+
+
+def _admitted(home: ServerHome, run: Run, kind: Kind, domain: str) -> Parcel:
+    found = home.store.find(run=run.spec.run_id, kind=kind, sender=domain, round=0)
+    parcel = home.store.get(found[-1].digest) if found else None
+    if parcel is None:
+        raise FederationError(f"{domain}: no admitted {kind} in the store", next_step="isthmus run status")
+    return parcel
+
+
+def _publish_vector(
+    home: ServerHome, run: Run, journal: Journal, result: MergeResult, kind: Kind, model: str = ""
+) -> Candidate:
+    """Seal a merged vector and put it where the domains fetch it; the same one on every call."""
+    key = f"published/{kind}/{result.label}"
+    known = journal.get(key)
+    if known is None:
+        payload = _vector_file(run, result)
+        header = draft(
+            payload,
+            kind=kind,
+            run=run.spec.run_id,
+            sender=SERVER,
+            recipient=EVERYONE,
+            base_digest=run.spec.base_digest,
+            codec=Codec(run.spec.config.training.vector_codec),
+            round=1 if kind is Kind.CANDIDATE else 2,
+        )
+        parcel = seal_parcel(header, payload, home.identity)
+        home.store.publish(parcel)
+        known = {"parcel": parcel.digest}
+        journal.put(key, known)
+    return Candidate(result.label, known["parcel"], model)
+
+
+def _vector_file(run: Run, result: MergeResult) -> Path:
+    path = run.folder / "merges" / result.label / "published.safetensors"
+    if not path.exists():
+        write_vector(path, result.vector, run.spec.config.training.vector_codec)
+    return path
+
+
+def _publish_universal(
+    home: ServerHome, run: Run, journal: Journal, chosen: MergeResult, inputs: Inputs
+) -> Candidate:
+    """The model folder for everybody, made from exactly the (quantised) vector that the domains get."""
+    config = run.spec.config
+    folder = run.folder / "model"
+    if not folder.exists():
+        expected = {name: tuple(shape) for name, shape in run.spec.tensors.items()}
+        published = read_vector(_vector_file(run, chosen), expected, config.training.vector_codec)
+        pseudonyms = {domain: home.pseudonym(domain) for domain in inputs.taus}
+        provenance = Provenance(
+            run=run.spec.run_id,
+            config=config,
+            vectors={pseudonyms[name]: p.header.payload_digest for name, p in inputs.vector_parcels.items()},
+            synthetic=frozenset(pseudonyms[name] for name in inputs.synthetic),
+            code_version=code_version(),
+        )
+        publish(
+            resolve_base(config.base.model),
+            pseudonymous(replace(chosen, vector=published), pseudonyms),
+            provenance,
+            folder,
+        )
+    return _publish_vector(home, run, journal, chosen, Kind.UNIVERSAL_MODEL, model_digest(folder))
+
+
+def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeResult:
+    """The same merge with every domain called by its pseudonym, for what is published."""
+    return replace(
+        result,
+        domains=[pseudonyms[name] for name in result.domains],
+        coefficients={
+            group: {pseudonyms[name]: value for name, value in row.items()}
+            for group, row in result.coefficients.items()
+        },
+        inputs={**result.inputs, "vectors": {pseudonyms[n]: d for n, d in result.inputs["vectors"].items()}},
+    )
+
+
+def _enter(run: Run, journal: Journal, status: StatusFile, phase: str) -> None:
+    log.info("%s: %s", run.spec.run_id, phase)
+    if journal.get(f"phase/{phase}") is None:
+        journal.put(f"phase/{phase}", {"time_s": round(time.time(), 2)})
+    run.set_state(RUNNING, phase=phase)
+    status(phase=phase)
+
+
+def _lost(*outcomes: Outcome) -> dict[str, str]:
+    return {domain: why for outcome in outcomes for domain, why in outcome.lost.items()}

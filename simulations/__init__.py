@@ -1,0 +1,1 @@
+"""Stories told with the real processes on one machine: demo, real domains, faults."""

@@ -1,0 +1,41 @@
+"""`isthmus simulate` and `isthmus demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+simulate = typer.Typer(add_completion=False)
+demo = typer.Typer(add_completion=False)
+
+
+@simulate.command()
+def simulate_command(
+    config: Annotated[Path, typer.Argument(help="the simulation's configuration, TOML")],
+    out: Annotated[Path, typer.Option(help="folder of the results; an interrupted one is resumed")],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="remove what is in the folder and begin anew")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="instead of run.seed")] = None,
+) -> None:
+    """Run a whole federation of real processes on this machine."""
+    from simulations.config import load_simulation
+    from simulations.simulate import run_simulation
+
+    loaded = load_simulation(config)
+    if seed is not None:
+        loaded = loaded.model_copy(update={"run": loaded.run.model_copy(update={"seed": seed})})
+    run_simulation(loaded, out, fresh=fresh)
+
+
+@demo.command()
+def demo_command(
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="seed of data and training")] = 0,
+) -> None:
+    """A federation of four synthetic domains on this machine, from data to recommendations."""
+    from simulations.demo import run_demo
+
+    run_demo(out, seed)

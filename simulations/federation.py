@@ -1,0 +1,127 @@
+"""A whole federation on this machine: the very processes of a deployment, each in its own home.
+
+`OnOneMachine` makes a server's home and an owner's home for each domain, starts `isthmus server up` and
+one `isthmus client up` a domain, lets every owner join with a real kit over real TLS, starts a run and
+watches it to its end. Nothing is shared between the homes but the wire. The only things that a
+deployment could not do are looking into all homes at once, for the progress and for the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clients.data.domain import Domain
+from clients.home import ClientHome
+from clients.join import join
+from common.config import RunConfig
+from common.errors import FederationError
+from common.kit import read_kit
+from common.processes import STOP_PATIENCE_S, ProcessSpec, Supervisor, free_ports, python_module
+from server.cli import create_home, create_run
+from server.home import ServerHome
+from server.kit import write_kit
+from server.runs import Run
+
+PORTS_OF_SERVER = 4
+READY_TIMEOUT_S = 90.0
+
+
+class OnOneMachine:
+    """The homes and processes of one simulated federation under `folder`."""
+
+    def __init__(self, folder: Path, data: dict[str, Path], *, threads_per_domain: int = 1) -> None:
+        self.folder = folder.resolve()
+        self._data = data
+        self._threads = threads_per_domain
+
+    @property
+    def server_home(self) -> ServerHome:
+        """The merge server's home, once it is made."""
+        return ServerHome(self.folder / "server")
+
+    def client_path(self, domain: str) -> Path:
+        """An owner's home directory."""
+        return self.folder / "domains" / domain
+
+    def client_home(self, domain: str) -> ClientHome:
+        """An owner's home, once it has joined."""
+        return ClientHome(self.client_path(domain))
+
+    @contextmanager
+    def running(self, base: str) -> Iterator[Supervisor]:
+        """Start (or, after an interruption, start again) server and owners; end them on the way out."""
+        home = self._make_server()
+        server = ProcessSpec(
+            "server",
+            python_module("server.cli", "up", "--home", str(home.path)),
+            ready=lambda: (home.path / "up").exists(),
+        )
+        (home.path / "up").unlink(missing_ok=True)
+        first = Supervisor(self.folder / "launcher", [server], patience_s=2 * STOP_PATIENCE_S)
+        first.install_signal_handlers()
+        try:
+            first.start(READY_TIMEOUT_S)
+            for domain in self._data:
+                if not first.stopping:
+                    self._join(home, domain, base)
+            env = {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE"}
+            for domain in self._data:
+                argv = python_module("clients.cli", "up", "--home", str(self.client_path(domain)))
+                first.add(ProcessSpec(domain, argv, env))
+            yield first
+        finally:
+            first.stop()
+
+    def _make_server(self) -> ServerHome:
+        path = self.folder / "server"
+        if not (path / "server.toml").exists():
+            ports = free_ports(PORTS_OF_SERVER)
+            names = ("fleet", "exchange", "enrol", "superlink")
+            create_home(
+                path,
+                {
+                    "name": "simulation",
+                    "hosts": ["127.0.0.1"],
+                    "bind": "127.0.0.1",
+                    "ports": dict(zip(names, ports, strict=True)),
+                },
+            )
+        return ServerHome(path)
+
+    def _join(self, home: ServerHome, domain: str, base: str) -> None:
+        path = self.client_path(domain)
+        if (path / "client.toml").exists():
+            return
+        kit_path = self.folder / "kits" / f"{domain}.kit.json"
+        write_kit(home, domain, kit_path)
+        join(read_kit(kit_path), path, data=self._data[domain], base=base, supernode_port=free_ports(1)[0])
+
+    def start_run(self, config: RunConfig) -> Run:
+        """The run that an interruption left open, or a new one."""
+        home = self.server_home
+        for run in home.runs.open():
+            if run.spec.config == config:
+                return run
+        return create_run(home, config)
+
+    def watch(self, run: Run, supervisor: Supervisor, draw: Callable[[], None]) -> None:
+        """Poll until the run is over. Raises FederationError when it failed, KeyboardInterrupt on Ctrl-C."""
+        while not run.is_final:
+            if supervisor.stopping:
+                raise KeyboardInterrupt
+            supervisor.poll()
+            draw()
+            time.sleep(0.5)
+        draw()
+        state = run.state
+        if state["state"] != "done":
+            raise FederationError(
+                f"the run {state['state']}: {state['reason']}", next_step=f"see {run.folder / 'server.log'}"
+            )
+
+    def domains(self) -> dict[str, Domain]:
+        """Every domain's data; only a simulation may look."""
+        return {name: Domain.load(path) for name, path in self._data.items()}

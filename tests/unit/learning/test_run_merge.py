@@ -1,0 +1,228 @@
+"""`run_merge`: dispatch, journal, options; and what `publishing` writes from its result."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from common.catalog import Catalog
+from common.config import LearningSection, MergeMethod, RunConfig
+from common.errors import ConfigError, VectorError
+from common.models.base import load_tensors, model_digest
+from common.models.encoder import Encoder
+from common.vectors import TaskVector
+from server.merge import MergeResult, check_method, known_methods, run_merge
+from server.merging import merge
+from server.publishing import Provenance, publish, universal_payload
+
+LAYER = MergeMethod(method="mergerec", options={"granularity": "layer"})
+
+
+def config(**learning: Any) -> RunConfig:
+    section = {"steps": 4, "batch_size": 4, "precision": "fp32", **learning}
+    return RunConfig(learning=LearningSection.model_validate(section))
+
+
+class Case:
+    """The pico federation; `merge` runs one method in a work folder."""
+
+    def __init__(
+        self, base: Path, taus: dict[str, TaskVector], catalogs: dict[str, Catalog], work: Path
+    ) -> None:
+        self.base, self.taus, self.catalogs, self.work = base, taus, catalogs, work
+
+    def merge(self, method: MergeMethod, settings: RunConfig | None = None, **changes: Any) -> MergeResult:
+        taus, catalogs = changes.get("taus", self.taus), changes.get("catalogs", self.catalogs)
+        return run_merge(method, self.base, taus, catalogs, settings or config(), self.work)
+
+
+@pytest.fixture
+def case(base: Path, taus: dict[str, TaskVector], catalogs: dict[str, Catalog], tmp_path: Path) -> Case:
+    return Case(base, taus, catalogs, tmp_path / "work")
+
+
+def test_training_free_needs_no_catalog_and_is_done_once(case: Case) -> None:
+    method = MergeMethod(method="ties", options={"density": 0.5})
+    first = case.merge(method, catalogs={})
+    expected = merge("ties", [case.taus[name] for name in sorted(case.taus)], {"density": 0.5})
+    assert all(torch.equal(first.vector[name], expected[name]) for name in expected)
+    assert first.options == {"density": 0.5, "lambda": 1.0}
+    assert not first.resumed
+    again = case.merge(method, catalogs={})
+    assert again.resumed
+    assert again.seconds == first.seconds
+    assert all(torch.equal(again.vector[name], expected[name]) for name in expected)
+
+
+def test_other_inputs_or_a_damaged_file_merge_again(case: Case) -> None:
+    method = MergeMethod(method="task-arithmetic", name="sum")
+    case.merge(method)
+    assert not case.merge(MergeMethod(method="task-arithmetic", name="sum", options={"lambda": 0.5})).resumed
+    fewer = {name: case.taus[name] for name in ("garden", "toys")}
+    assert not case.merge(method, taus=fewer).resumed
+    assert not case.merge(method).resumed
+    path = case.work / "sum" / "vector.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert not case.merge(method).resumed
+    (case.work / "sum" / "merge.json").write_text("{")
+    assert not case.merge(method).resumed
+    assert case.merge(method).resumed
+
+
+def test_learned_is_journaled_and_follows_its_inputs(case: Case) -> None:
+    first = case.merge(LAYER)
+    assert first.label == "mergerec-layer"
+    assert list(first.coefficients) == ["layer-0", "layer-1", "rest"]
+    assert first.trajectory_path is not None
+    assert first.trajectory_path.exists()
+    again = case.merge(LAYER)
+    assert again.resumed
+    assert again.coefficients == first.coefficients
+    assert all(torch.equal(again.vector[name], first.vector[name]) for name in first.vector)
+    assert not case.merge(LAYER, config(mask_seen=False)).resumed
+    record = json.loads((case.work / "mergerec-layer" / "merge.json").read_text())
+    assert set(record["inputs"]) >= {
+        "base_model",
+        "vectors",
+        "catalogs",
+        "learning",
+        "text",
+        "seed",
+        "digest",
+    }
+    own = LAYER.model_copy(update={"learning": LearningSection(steps=2, precision="fp32"), "name": "short"})
+    assert len(case.merge(own).coefficients) == 3
+    lines = (case.work / "short" / "trajectory.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_learned_on_ties_vectors(case: Case) -> None:
+    options: dict[str, float | int | str | bool] = {
+        "granularity": "domain",
+        "process": "ties",
+        "density": 0.3,
+    }
+    result = case.merge(MergeMethod(method="adamerging", name="ada-ties", options=options))
+    assert result.options == options
+    assert all(abs(value - 1.0) < 0.1 for value in result.coefficients["all"].values())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (MergeMethod(method="tis"), "unknown merge method 'tis'\n  next: did you mean 'ties'"),
+        (MergeMethod(method="mergrec"), "did you mean 'mergerec'"),
+        (MergeMethod(method="mergerec", options={"granularty": "layer"}), "did you mean 'granularity'"),
+        (MergeMethod(method="mergerec", options={"granularity": "tensor"}), "granularity: Input should be"),
+        (
+            MergeMethod(method="mergerec", options={"process": "tie"}),
+            "process: Input should be 'none' or 'ties'",
+        ),
+        (MergeMethod(method="mergerec", options={"density": 0.2}), "unknown key 'density'"),
+        (MergeMethod(method="mergerec", options={"process": "ties", "density": 2.0}), "density"),
+        (MergeMethod(method="ties", learning=LearningSection()), "ties learns nothing"),
+    ],
+)
+def test_bad_methods_are_refused_before_anything_runs(method: MergeMethod, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        check_method(method)
+
+
+def test_defaults_of_the_run_configuration_are_all_known() -> None:
+    for method in RunConfig().merge:
+        assert check_method(method) is not None
+        assert method.method in known_methods()
+
+
+def test_vectors_that_do_not_fit_name_the_domain(case: Case) -> None:
+    odd = dict(list(case.taus["kitchen"].items())[1:])
+    with pytest.raises(VectorError, match="task vector kitchen has no tensor"):
+        case.merge(LAYER, taus={**case.taus, "kitchen": odd})
+
+
+def provenance(settings: RunConfig | None = None) -> Provenance:
+    digests = {"garden": "a" * 64, "kitchen": "b" * 64, "toys": "c" * 64}
+    return Provenance("demo", settings or config(), digests, frozenset({"toys"}), "0.1.0")
+
+
+def test_published_folder_loads_without_us(case: Case, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    result, out = case.merge(LAYER), tmp_path / "model"
+    publish(case.base, result, provenance(), out)
+    text = "title: red oak spoon 1, brand: acme"
+    encoder = Encoder.load(out)
+    ours_E = encoder.encode(
+        [encoder.tokenize_items([["title: red oak spoon 1", "brand: acme"]], 32).item(0)]
+    )[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs_E = SentenceTransformer(str(out), device="cpu").encode([text], convert_to_tensor=True)[0]
+        model = AutoModel.from_pretrained(out)
+    torch.testing.assert_close(theirs_E, ours_E, rtol=1e-4, atol=1e-5)
+    name = "encoder.layer.0.output.dense.weight"
+    expected = load_tensors(case.base)[name] + result.vector[name]
+    assert torch.equal(dict(model.named_parameters())[name], expected)
+    table = "embeddings.word_embeddings.weight"
+    assert torch.equal(load_tensors(out)[table], load_tensors(case.base)[table])
+
+
+def test_card_says_where_the_model_comes_from(case: Case, tmp_path: Path) -> None:
+    result, out = case.merge(LAYER), tmp_path / "model"
+    record = publish(case.base, result, provenance(), out)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert {"model-merging", "synthetic-data", "mergerec"} <= set(card.data.tags or [])
+    for text in ("garden", "b" * 64, model_digest(case.base), "layer-1", "granularity = layer", "leak"):
+        assert text in card.text
+    assert "**Synthetic data:** toys" in card.text
+    assert '"max_seq_len": 64' in card.text
+    for private in [*case.catalogs["toys"].item_ids, case.catalogs["toys"].attributes["title"][0]]:
+        assert private not in card.content
+    assert json.loads((out / "merge.json").read_text()) == record
+    assert record["model_digest"] == model_digest(out)
+    assert record["domains"]["toys"] == {"vector_sha256": "c" * 64, "synthetic": True}
+
+
+def test_card_of_a_local_base_does_not_tell_its_path(case: Case, tmp_path: Path) -> None:
+    settings = RunConfig.model_validate({"base": {"model": str(case.base)}})
+    publish(case.base, case.merge(MergeMethod(method="ties")), provenance(settings), tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.base_model is None
+    assert str(case.base) not in (tmp_path / "model" / "README.md").read_text()
+    assert str(case.base) not in (tmp_path / "model" / "merge.json").read_text()
+
+
+def test_publishing_replaces_whole_folders(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    for method in ("ties", "weight-averaging"):
+        publish(case.base, case.merge(MergeMethod(method=method)), provenance(), out)
+        assert json.loads((out / "merge.json").read_text())["label"] == method
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    bad = case.merge(MergeMethod(method="ties"))
+    bad.vector["encoder.layer.0.output.dense.weight"] = torch.ones(3)
+    with pytest.raises(VectorError, match=r"encoder\.layer\.0\.output\.dense\.weight"):
+        publish(case.base, bad, provenance(), out)
+    assert json.loads((out / "merge.json").read_text())["label"] == "weight-averaging"
+
+
+def test_payload_holds_the_changed_tensors_in_full(case: Case, tmp_path: Path) -> None:
+    vector = case.merge(MergeMethod(method="ties")).vector
+    table = universal_payload(case.base, vector, tmp_path / "a.safetensors")
+    universal_payload(case.base, dict(reversed(vector.items())), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    payload, base = load_file(tmp_path / "a.safetensors"), load_tensors(case.base)
+    assert sorted(payload) == sorted(vector) == [row["name"] for row in table]
+    assert all(torch.equal(payload[name], base[name] + vector[name]) for name in vector)
+    assert {row["dtype"] for row in table} == {"F32"}

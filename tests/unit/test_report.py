@@ -1,0 +1,309 @@
+"""The report: parsed as HTML, everything of the summary in it, nothing loaded or let through."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import DataError
+from server.report import SYNTHETIC, write_report
+from server.reporting.data import groups, row_order
+from server.reporting.markup import DASH, chart, smooth, tag
+from server.results import save, tables
+
+DOMAINS = ("kitchen", "music", "toys")
+LOST = "garden"
+GROUPS = [*(f"layer-{n}" for n in range(12)), "rest"]
+LABELS = ["weight-averaging", "ties", "adamerging-domain", "mergerec-layer"]
+VOID = {"meta", "br"}
+
+
+def levels(ndcg: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> domain -> metrics, each domain a little harder than the last."""
+    return {
+        row: {
+            name: {"ndcg@10": value / (i + 1), "recall@10": 1.8 * value / (i + 1)}
+            for i, name in enumerate(DOMAINS)
+        }
+        for row, value in ndcg.items()
+    }
+
+
+def make_summary() -> dict[str, Any]:
+    results = levels(
+        {
+            "zero-shot": 0.051,
+            "fine-tuned": 0.104,
+            "weight-averaging": 0.082,
+            "ties": 0.085,
+            "adamerging-domain": 0.0871,
+            "mergerec-layer": 0.0987,
+            "universal": 0.0986,
+            "joint": 0.109,
+        }
+    )
+    vector = {
+        "parcel": "ab" * 32,
+        "payload_digest": "cd" * 32,
+        "bytes": 21_385_112,
+        "training": {"steps": 300},
+    }
+    domains = {
+        name: {
+            "pseudonym": f"owner-{i}",
+            "delivered": True,
+            "lost": "",
+            "catalog_items": 4000,
+            "vector": vector,
+        }
+        for i, name in enumerate(DOMAINS)
+    }
+    domains[LOST] = {
+        "pseudonym": "owner-9",
+        "delivered": False,
+        "lost": "deadline",
+        "catalog_items": 0,
+        "vector": None,
+    }
+    crossed = {
+        "in": {"task-vector": {"count": 1, "bytes": 21_385_112}, "catalog": {"count": 1, "bytes": 812_332}},
+        "out": {
+            "candidate": {"count": 7, "bytes": 149_000_000},
+            "universal-model": {"count": 1, "bytes": 21_300_000},
+        },
+    }
+    final = {g: {d: 0.2 + 0.01 * i * j for j, d in enumerate(DOMAINS)} for i, g in enumerate(GROUPS)}
+    merges: dict[str, Any] = {
+        label: {"method": label.split("-")[0], "coefficients": {}, "seconds": 3.2, "trajectory": ""}
+        for label in LABELS
+    }
+    merges["weight-averaging"]["method"] = "weight-averaging"
+    merges["adamerging-domain"]["coefficients"] = {"all": dict.fromkeys(DOMAINS, 0.31)}
+    merges["mergerec-layer"]["coefficients"] = final
+    entries: list[dict[str, Any]] = [{"method": "weight-averaging"}, {"method": "ties"}]
+    entries += [{"method": "adamerging", "options": {"granularity": "domain"}}]
+    entries += [{"method": "mergerec", "options": {"granularity": "layer"}}]
+    return {
+        "schema": 1,
+        "run": {
+            "id": "r-7f3a",
+            "name": "three-shops",
+            "seed": 0,
+            "created_s": 1.7e9,
+            "finished_s": 1.7e9 + 900,
+        },
+        "synthetic": True,
+        "config": {
+            "run": {"name": "three-shops", "quorum": 3},
+            "merge": entries,
+            "publish": "mergerec-layer",
+        },
+        "base": {"model": "embedded", "digest": "ef" * 32},
+        "domains": domains,
+        **tables(results),
+        "merges": merges,
+        "published": {
+            "label": "mergerec-layer",
+            "model_digest": "12" * 32,
+            "folder": "model",
+            "parcel": "34" * 32,
+        },
+        "crossings": dict.fromkeys(DOMAINS, crossed),
+        "seconds": {"contribute": 412.3, "merge": 301.2, "evaluate": 61.7, "install": 20.4, "total": 801.0},
+        "processes": {"server": {"peak_memory_bytes": 1_912_000_000, "cpu_s": 512.3}},
+    }
+
+
+def make_events() -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    for step in range(301):
+        ease = 1 - math.exp(-step / 90)
+        loss = None if step == 0 else 1.2 - 0.5 * ease + 0.05 * math.sin(step)
+        table = {g: {d: 0.2 + 0.1 * ease * (j - 0.5) for j, d in enumerate(DOMAINS)} for g in GROUPS}
+        for merge, coefficients in (("mergerec-layer", table), ("adamerging-domain", {"all": table["rest"]})):
+            events.append(
+                {
+                    "type": "coefficients",
+                    "merge": merge,
+                    "step": step,
+                    "loss": loss,
+                    "coefficients": coefficients,
+                }
+            )
+    return events
+
+
+class Page(HTMLParser):
+    """Checks nesting; keeps text, attributes and tables (rows of cell texts)."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.text = source, ""
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.bold: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((name, dict(attrs)))
+        if name not in VOID:
+            self.open.append(name)
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if self.open[-1:] == ["b"] and "td" in self.open:
+            self.bold.append(data)
+
+    def labelled(self, start: str) -> list[list[str]]:
+        return [row for row in self.rows if row and row[0].startswith(start)]
+
+
+def page(folder: Path, summary: dict[str, Any], events: list[dict[str, Any]] | None = None) -> Page:
+    """Through `server.results.save`, as the server writes it (keys sorted)."""
+    save(folder, summary, make_events() if events is None else events)
+    assert write_report(folder) == folder / "report.html"
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_report_shows_every_row_domain_and_digest(tmp_path: Path) -> None:
+    summary = make_summary()
+    found = page(tmp_path, summary)
+    for row in summary["results"]:
+        assert len(found.labelled(row)) >= 2, row  # NDCG and recall
+    for word in (
+        *DOMAINS,
+        LOST,
+        SYNTHETIC,
+        "three-shops",
+        "cdcdcdcdcdcd",
+        "owner-2",
+        "not anonymous",
+        "quorum = 3",
+    ):
+        assert word in found.text, word
+    assert "not private, simulation only" in found.text
+    assert found.labelled("mergerec-layer")[0] == [
+        "mergerec-layer", DASH, "0.098794.9", "0.049394.9", "0.032994.9", "0.060394.9"
+    ]  # fmt: skip
+    assert found.bold[:4] == ["0.0987", "0.0493", "0.0329", "0.0603"]
+    assert "The universal model reaches 94.8 of 100 on NDCG@10" in found.text
+    assert found.labelled("layer 11") and len(found.labelled("all layers")) == 1
+    assert found.labelled("kitchen")[0][1:3] == ["812.3 kB1 parcel", "21.4 MB1 parcel"]
+    assert found.labelled("all")[-1][-1] == "63.9 MB3 parcels"
+    assert found.labelled("server")[0] == ["server", "1.9 GB", "512.3"]
+    assert sum(name == "polyline" for name, _ in found.tags) == 2 * (len(DOMAINS) + 1)
+
+
+def test_report_loads_nothing(tmp_path: Path) -> None:
+    found = page(tmp_path, make_summary())
+    assert "http://" not in found.source and "https://" not in found.source
+    assert "url(" not in found.source and "@import" not in found.source
+    assert {name for name, _ in found.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    anchors = {attrs.get("id") for _, attrs in found.tags}
+    for _, attrs in found.tags:
+        assert "src" not in attrs and not any(key.startswith("on") for key in attrs)
+        assert "href" not in attrs or (attrs["href"] or "").removeprefix("#") in anchors
+
+
+def hostile(tree: Any) -> Any:
+    """Every text of the tree, keys of free choice too, with markup in it."""
+    text = "<script>alert('x')</script>\"&"
+    if isinstance(tree, dict):
+        own = {*DOMAINS, LOST, *LABELS, "server", "candidate", "all", "rest", "contribute", "steps", "quorum"}
+        return {key + text if key in own else key: hostile(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [hostile(value) for value in tree]
+    return tree + text if isinstance(tree, str) and tree != "coefficients" else tree
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    found = page(tmp_path, hostile(make_summary()), hostile(make_events()))
+    assert "script" not in {name for name, _ in found.tags}
+    assert "<script" not in found.source
+    assert found.text.count("<script>alert('x')</script>\"&") > 50
+    assert tag("td", "<b>", title='"') == '<td title="&quot;">&lt;b&gt;</td>'
+
+
+def test_a_lost_domain_and_one_that_returns_little(tmp_path: Path) -> None:
+    summary = make_summary()
+    results = copy.deepcopy(summary["results"])
+    del results["universal"]["toys"]
+    del results["fine-tuned"]["music"]["recall@10"]
+    found = page(tmp_path, {**summary, **tables(results)})
+    assert found.labelled(LOST)[-1][:3] == [LOST, "owner-9", "lost: deadline"]
+    assert found.labelled("universal")[0][4] == DASH
+    assert found.labelled("universal")[0][5].endswith("over 2 only")
+    assert found.labelled("zero-shot")[1][3].endswith(DASH)  # no normalised recall without fine-tuned
+
+
+def test_without_results_events_or_anything(tmp_path: Path) -> None:
+    summary = {
+        **make_summary(),
+        **tables({}),
+        "merges": {},
+        "crossings": {},
+        "processes": {},
+        "synthetic": False,
+    }
+    found = page(tmp_path, summary, [])
+    assert "No figures" in found.text and "No headline" in found.text and "No merge of this run" in found.text
+    assert SYNTHETIC not in found.text
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "summary.json").write_text('{"schema": 1}')
+    bare = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "No domain took part" in bare.text
+
+
+def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+    whole = page(tmp_path, make_summary())
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('[]\n{"type": "coefficients", "merge": "mergerec-la')
+    assert write_report(tmp_path).read_text(encoding="utf-8") == whole.source
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}'])
+def test_what_is_no_summary_is_refused(tmp_path: Path, text: str) -> None:
+    if text:
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(DataError, match=r"summary\.json"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_rows_are_in_the_order_of_the_configuration() -> None:
+    summary = json.loads(json.dumps(make_summary(), sort_keys=True))
+    assert row_order(summary) == ["zero-shot", "fine-tuned", *LABELS, "universal", "joint"]
+    assert groups({"a": 0.1}) == {"all": {"a": 0.1}}
+    assert groups({}) == {}
+
+
+@pytest.mark.parametrize("low,high", [(0.2, 0.2), (0.0, 0.0), (-3e-5, 4e-5), (0, 9000), (-1.5, -0.5)])
+def test_chart_lines_stay_inside(low: float, high: float) -> None:
+    picture = chart("x", {"a": [(0, low), (1, high)], "b": [(0, high)]}, ["a", "b"])
+    for name, attrs in Page(picture).tags:
+        if name == "polyline":
+            for point in (attrs["points"] or "").split():
+                x, y = map(float, point.split(","))
+                assert 0 <= x <= 420 and 0 <= y <= 180
+    assert chart("x", {"a": [(0, 1.0)]}, ["a"]) == ""
+    assert len(smooth([(float(n), 1.0) for n in range(1001)])) <= 120
