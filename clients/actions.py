@@ -187,7 +187,7 @@ class Actions:
             if metric in policy.metrics
         }
         users = bucket(min((evaluation["users"] for evaluation in evaluations.values()), default=0))
-        if not values or users < policy.min_users:
+        if not values or users < policy.min_users or "users_bucket" not in policy.training_facts:
             log.warning("no metrics leave: the policy allows none, or fewer than %d users", policy.min_users)
             return
         path = self._home.work(order.run) / f"{order.action}.metrics.json"

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from clients.actions import Actions
 from clients.home import ClientHome
-from common.errors import IsthmusError, ParcelError, RefusedError, TransportError
+from common.errors import FederationError, IsthmusError, RefusedError, StorageError, TransportError
 from common.files import sha256_bytes
 from common.ledger import Crossing
 from common.orders import ACTIONS, DONE, FAILED, REFUSED, Order
@@ -44,7 +44,7 @@ def answer(home: ClientHome, actions: Actions, envelope: bytes) -> dict[str, str
             )
         )
         actions.carry_out(order, envelope)
-    except TransportError as err:
+    except (TransportError, StorageError, FederationError) as err:  # link, disk, killed trainer
         log.warning("%s", err)
         return {"status": FAILED, "code": err.code}
     except RefusedError as err:
@@ -64,7 +64,7 @@ def _handle(message: Message, _context: Context) -> Message:
     record = message.content.config_records.get("order", ConfigRecord())
     envelope = record.get("envelope", b"")
     if not isinstance(envelope, bytes):
-        raise ParcelError("the order is not bytes")
+        envelope = b""  # answered as the malformed order that it is
     reply = home.gate.release_reply(answer(home, Actions(home), envelope))
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 

@@ -86,7 +86,12 @@ class TaskSource:
         )
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
-        message, context, _run, fab = pull_task_input(client)
+        try:
+            message, context, _run, fab = pull_task_input(client)
+        except BaseException:
+            heartbeat.stop()
+            client.close()
+            raise
         return Task(message, context, hashlib.sha256(fab.content).hexdigest(), client, heartbeat)
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ def join(
         )
     Domain.load(data)
     resolve_base(base)
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys = path / "keys"
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_atomic(keys / "ca.crt", kit.ca_certificate.encode("ascii"))

@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.actions import Actions
@@ -63,8 +62,8 @@ def main(path: str) -> None:
     while True:
         try:
             task = source.acquire()
-        except httpx.HTTPError as err:
-            log.warning("the SuperNode does not answer: %s", type(err).__name__)
+        except Exception as err:  # noqa: BLE001 - Flower raises httpx's errors and its own
+            log.warning("no task from the SuperNode: %s", type(err).__name__)
             time.sleep(RETRY_S)
             continue
         if task is None:
@@ -72,8 +71,8 @@ def main(path: str) -> None:
             continue
         try:
             handle(task, home)
-        except httpx.HTTPError as err:
-            log.warning("the reply was not taken: %s", type(err).__name__)
+        except Exception:
+            log.exception("a task was not answered")  # Flower reports it as failed, without our text
         finally:
             task.close()
 

@@ -46,8 +46,9 @@ class RunSection(Frozen):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
     seed: int = Field(0, ge=0)
     quorum: int = Field(0, ge=0, description="domains that must deliver; 0 means all that were invited")
-    deadline_minutes: float = Field(24 * 60, gt=0, description="after this the run goes on with the quorum")
-    allow_vector_sharing: bool = Field(False, description="never needed by the merge methods here")
+    deadline_minutes: float = Field(
+        24 * 60, gt=0, description="how long each round waits for every domain; then the quorum is enough"
+    )
 
 
 class BaseSection(Frozen):
@@ -58,7 +59,7 @@ class BaseSection(Frozen):
 
 
 class TextSection(Frozen):
-    """How items and histories become text (MergeRec sec. 2; METHODS defaults)."""
+    """How items and histories become text (MergeRec sec. 2, with the reference's defaults)."""
 
     attributes: tuple[str, ...] = ("title", "brand", "category")
     max_attribute_tokens: int = Field(32, ge=1)
@@ -82,6 +83,9 @@ class TrainingSection(Frozen):
         None, gt=0, description="wall-clock budget; still ends with a valid vector"
     )
     positions_per_user: Literal["all", "last"] = "all"
+    history_negatives: int = Field(
+        0, ge=0, description="newest items of each history that are negatives; 0: no item of the history is"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="None keeps the base model's own")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     validation_users: int = Field(1000, ge=1, description="at most so many for early stopping")
@@ -198,7 +202,8 @@ def validate(data: dict[str, Any], model: type[ModelT], *, where: str) -> ModelT
 
 
 def _explain(err: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
-    first = err.errors()[0]
+    problems = err.errors()  # a misspelt key is also a missing one: the spelling is what helps
+    first = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     path = ".".join(str(part) for part in first["loc"]) or "(top level)"
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])

@@ -45,10 +45,9 @@ def read_kit(path: Path) -> JoinKit:
         raise ConfigError(
             f"{path}: not a join kit", next_step="ask the operator: isthmus server invite DOMAIN"
         )
-    kit = validate(data, JoinKit, where=str(path))
-    if kit.schema_version != SCHEMA_VERSION:
+    if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise ConfigError(
-            f"{path}: kit of schema {kit.schema_version}, this Isthmus reads {SCHEMA_VERSION}",
+            f"{path}: kit of schema {data['schema_version']!r:.20}, this Isthmus reads {SCHEMA_VERSION}",
             next_step="install the operator's version of Isthmus",
         )
-    return kit
+    return validate(data, JoinKit, where=str(path))

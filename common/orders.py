@@ -15,6 +15,7 @@ or `failed` (asking again may work), `code` names the reason.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,12 @@ from typing import Any
 from common.config import RunConfig, validate
 from common.errors import IsthmusError, ParcelError
 from common.signing import PublicKey, Sealed, SigningKey, seal
+from common.statements import DIGEST_PATTERN, RUN_PATTERN
 
 PAYLOAD_TYPE = "application/vnd.isthmus.order+json"
 CONTRIBUTE, EVALUATE, INSTALL = "contribute", "evaluate", "install"
 ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL)
+LABEL_PATTERN = r"[a-z0-9][a-z0-9._-]{0,79}"
 ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2}
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
@@ -55,6 +58,20 @@ class Order:
     def round(self) -> int:
         """0 contribute, 1 evaluate, 2 install."""
         return ROUND[self.action]
+
+    def check_names(self) -> None:
+        """Raise ParcelError unless run, labels and digests are what they must be: some become file names."""
+        known = {method.label for method in self.config.merge}
+        labels = [candidate.label for candidate in self.candidates]
+        digests = [self.base_digest, *(d for c in self.candidates for d in (c.parcel, c.model_digest))]
+        if not re.fullmatch(RUN_PATTERN, self.run):
+            raise ParcelError("the server's order names a run that cannot be a name")
+        if len(set(labels)) < len(labels) or not all(
+            label in known and re.fullmatch(LABEL_PATTERN, label) for label in labels
+        ):
+            raise ParcelError("the server's order has a candidate that no merge of the run makes")
+        if not all(re.fullmatch(DIGEST_PATTERN, digest) for digest in digests if digest):
+            raise ParcelError("the server's order has a malformed digest")
 
     def sign(self, key: SigningKey) -> bytes:
         """The sealed order as bytes."""
@@ -94,6 +111,7 @@ class Order:
             raise ParcelError(f"the server's order is malformed: {type(err).__name__}") from None
         if order.action not in ACTIONS or set(body) != STATEMENT_FIELDS:
             raise ParcelError(f"the server's order asks for {order.action!r}; we know {', '.join(ACTIONS)}")
+        order.check_names()
         if order.recipient != recipient:
             raise ParcelError(f"the order is for {order.recipient!r}, and this is {recipient!r}")
         return order

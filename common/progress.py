@@ -62,6 +62,7 @@ class StatusFile:
         changed = phase != self._state.get("phase")
         if changed:
             self._phase_started_s, self._phase_first_step = now_s, step
+            self._state.pop("loss", None)
         self._state.update(phase=phase, step=step, total=total, eta_s=self._eta_s(now_s, step, total))
         if loss is not None:
             self._state["loss"] = round(loss, 4)

@@ -33,6 +33,7 @@ def main(grid: Grid, context: Context) -> None:
         level=logging.INFO,
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every poll
     for _ in range(LOCK_TRIES):
         with run.working() as free:
             if not free:

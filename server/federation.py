@@ -80,17 +80,20 @@ class Control:
         self._run = run
         self._clock = clock
         self._sleep_s = sleep_s
+        self._deadline_s = run.spec.deadline_s
 
     def collect(
         self,
         domains: Iterable[str],
         order_for: Callable[[str], Order],
         has_delivered: Callable[[str, bool], bool],
+        deadline_s: float,
     ) -> Outcome:
-        """Send each domain its order until `has_delivered(domain, says_done)`.
+        """Send each domain its order until `has_delivered(domain, says_done)`, to Unix second `deadline_s`.
 
         Raises StoppedError when the operator asked for it, FederationError below the quorum.
         """
+        self._deadline_s = deadline_s
         asks = {domain: _Ask(domain) for domain in domains}
         delivered: list[str] = []
         while True:
@@ -100,12 +103,15 @@ class Control:
                 delivered.append(domain)
                 del asks[domain]
             waiting = [ask for ask in asks.values() if not ask.lost_as]
-            if not waiting or self._clock() > self._run.spec.deadline_s:
+            if not waiting or self._clock() > deadline_s:
                 break
             if self._run.stop_asked:
                 raise StoppedError("the operator stopped the run")
             if len(delivered) + len(waiting) < self._run.spec.quorum:
                 break
+            for ask in [ask for ask in waiting if ask.says_done]:
+                ask.says_done = False
+                self._failed(ask, "nothing-delivered")
             self._push([ask for ask in waiting if ask.message_id is None], order_for)
             self._pull(waiting)
             time.sleep(self._sleep_s)
@@ -132,7 +138,7 @@ class Control:
                     record,
                     int(self._home.member(ask.domain).node_id),
                     f"query.{action}",
-                    ttl=max(60.0, self._run.spec.deadline_s - now_s),
+                    ttl=max(60.0, self._deadline_s - now_s),
                 )
             )
         if not messages:
@@ -165,9 +171,10 @@ class Control:
             if status == REFUSED:
                 ask.lost_as = code
                 log.warning("%s refused: %s", ask.domain, code)
+            elif status == DONE:
+                ask.says_done = True
             else:
-                ask.says_done = status == DONE
-                self._failed(ask, "nothing-delivered" if status == DONE else code)  # unless the store has it
+                self._failed(ask, code)
 
     def _failed(self, ask: _Ask, code: str) -> None:
         ask.message_id = None
@@ -193,7 +200,7 @@ def contribute(control: Control, home: ServerHome, run: Run) -> Outcome:
     def order_for(domain: str) -> Order:
         return Order(CONTRIBUTE, spec.run_id, domain, spec.config, spec.base_digest)
 
-    return control.collect(spec.members, order_for, has_delivered)
+    return control.collect(spec.members, order_for, has_delivered, spec.deadline_s)
 
 
 def ask_for_metrics(
@@ -203,6 +210,7 @@ def ask_for_metrics(
     action: str,
     domains: Iterable[str],
     candidates: list[Candidate],
+    deadline_s: float,
 ) -> Outcome:
     """Rounds 1 and 2: let the domains evaluate (or install and evaluate) merged vectors."""
     spec = run.spec
@@ -215,4 +223,4 @@ def ask_for_metrics(
     def order_for(domain: str) -> Order:
         return Order(action, spec.run_id, domain, spec.config, spec.base_digest, tuple(candidates))
 
-    return control.collect(domains, order_for, has_delivered)
+    return control.collect(domains, order_for, has_delivered, deadline_s)

@@ -73,6 +73,7 @@ class ServerHome:
         """Make keys and certificates where they are used. Raises ConfigError if there is a home already."""
         if (path / "server.toml").exists():
             raise ConfigError(f"{path} is a server's home already", next_step="isthmus server up --home DIR")
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
         keys = path / "keys"
         keys.mkdir(parents=True, exist_ok=True, mode=0o700)
         authority = tls.create_ca(keys)

@@ -77,14 +77,14 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
         for method in run.spec.config.merge
     ]
 
-    _enter(run, journal, status, "evaluate")
+    until_s = _enter(run, journal, status, "evaluate")
     candidates = [_publish_vector(home, run, journal, result, Kind.CANDIDATE) for result in merged]
-    evaluated = ask_for_metrics(control, home, run, EVALUATE, outcome.delivered, candidates)
+    evaluated = ask_for_metrics(control, home, run, EVALUATE, outcome.delivered, candidates, until_s)
 
-    _enter(run, journal, status, "install")
+    until_s = _enter(run, journal, status, "install")
     chosen = next(result for result in merged if result.label == run.spec.config.publish)
     universal = _publish_universal(home, run, journal, chosen, inputs)
-    installed = ask_for_metrics(control, home, run, INSTALL, evaluated.delivered, [universal])
+    installed = ask_for_metrics(control, home, run, INSTALL, evaluated.delivered, [universal], until_s)
 
     _enter(run, journal, status, "report")
     write_results(home, run, merged, _lost(outcome, evaluated, installed))
@@ -136,7 +136,7 @@ def _publish_vector(
         )
         parcel = seal_parcel(header, payload, home.identity)
         home.store.publish(parcel)
-        known = {"parcel": parcel.digest}
+        known = {"parcel": parcel.digest, **({"model_digest": model} if model else {})}
         journal.put(key, known)
     return Candidate(result.label, known["parcel"], model)
 
@@ -187,12 +187,14 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
     )
 
 
-def _enter(run: Run, journal: Journal, status: StatusFile, phase: str) -> None:
+def _enter(run: Run, journal: Journal, status: StatusFile, phase: str) -> float:
+    """Begin a phase, or go on with it; Unix seconds after which it waits no longer for every domain."""
     log.info("%s: %s", run.spec.run_id, phase)
-    if journal.get(f"phase/{phase}") is None:
-        journal.put(f"phase/{phase}", {"time_s": round(time.time(), 2)})
+    fact = journal.get(f"phase/{phase}") or {"time_s": round(time.time(), 2)}
+    journal.put(f"phase/{phase}", fact)
     run.set_state(RUNNING, phase=phase)
     status(phase=phase)
+    return float(fact["time_s"]) + 60.0 * run.spec.config.run.deadline_minutes
 
 
 def _lost(*outcomes: Outcome) -> dict[str, str]:

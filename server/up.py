@@ -78,6 +78,7 @@ class Keeper:
         self._home = home
         self._started_s: dict[str, float] = {}
         self._starts: Counter[str] = Counter()
+        self._seen_working: set[str] = set()
 
     def look(self) -> None:
         """Start the oldest open run unless somebody works on it or is about to."""
@@ -85,9 +86,10 @@ class Keeper:
             name = run.folder.name
             if run.is_worked_on:
                 self._started_s[name] = time.monotonic()
+                self._seen_working.add(name)
                 return
             waited_s = time.monotonic() - self._started_s.get(name, float("-inf"))
-            died = self._starts[name] and run.state["phase"]
+            died = name in self._seen_working  # since it was last started; a new process needs its time
             if waited_s < (2.0 if died else START_GRACE_S):
                 return
             self._start(run)
@@ -106,5 +108,6 @@ class Keeper:
             log.warning("%s", err)  # the SuperLink is coming back: the next look tries again
             return
         self._starts[name] += 1
+        self._seen_working.discard(name)
         self._started_s[name] = time.monotonic()
         log.info("run %s works as Flower run %s", name, flower_run)

@@ -35,6 +35,7 @@ class SimulationSection(Frozen):
     """What only a simulation may do."""
 
     joint: bool = Field(True, description="also train one model on the pooled data: not private, a reference")
+    joint_steps: int | None = Field(None, ge=1, description="None: as many as all domains together")
     threads_per_domain: int = Field(1, ge=1, description="processor threads of each domain's processes")
 
 

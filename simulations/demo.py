@@ -48,7 +48,8 @@ def _show_example(out: Path, name: str) -> None:
     """What the installed universal model recommends to the first user of one domain."""
     domain = Domain.load(out / "data" / name)
     history = [domain.item_ids[int(index)] for index in domain.train[0][-EXAMPLE_ITEMS:]]
-    folder = current(out / "domains" / name)
+    home = out / "domains" / name
+    folder = current(home)
     if folder is None:
         return
     console = Console()
@@ -57,7 +58,7 @@ def _show_example(out: Path, name: str) -> None:
     for item, title, score in recommend(folder, domain, history, 5):
         console.print(f"  {score:.3f}  {title}  ({item})", highlight=False)
     console.print(
-        f"again: isthmus client recommend --home {out / 'domains' / name} --history {','.join(history)} --compare",
+        f"again: isthmus client recommend --home {home} --history {','.join(history)} --compare",
         highlight=False,
         soft_wrap=True,
     )

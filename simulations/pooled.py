@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from torch.utils.data import Dataset
 
 from clients.data.domain import Domain
@@ -22,10 +22,12 @@ from clients.training.dataset import Batch, TrainingBatches
 from clients.training.fit import fit_key, load_encoder, train, validator
 from clients.training.perform import evaluate_once
 from clients.training.trainer import Validate
-from common.config import RunConfig
+from common.config import RunConfig, validate
 from common.files import write_atomic
+from common.guard import check_imports
 from common.models.base import resolve_base, save_model
 from common.progress import NO_REPORT, Report, StatusFile
+from simulations.config import SimulationConfig
 
 _README = """# Joint reference model
 
@@ -106,23 +108,31 @@ def train_pooled(
 
 
 def joint_reference(
-    domains: Mapping[str, Domain], config: RunConfig, work: Path, console: Console | None = None
+    domains: Mapping[str, Domain], config: RunConfig, work: Path, *, steps: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Train jointly and evaluate on each domain's test set: `{domain: {"recall@10": ..., "ndcg@10": ...}}`.
 
     Progress is in `work/status.json`.
     """
     report = StatusFile(work / "status.json", domain="joint")
-    if console is not None:
-        console.print(f"joint reference (not private) on {len(domains)} domains", highlight=False)
-    result = train_pooled(
-        list(domains.values()), resolve_base(config.base.model), config, work, report=report
-    )
+    base = resolve_base(config.base.model)
+    result = train_pooled(list(domains.values()), base, config, work, steps=steps, report=report)
     found = {}
     for name, domain in domains.items():
         record = evaluate_once(result.model_folder, f"joint-{name}", domain, config, work, report)
         found[name] = dict(record["metrics"])
     return found
+
+
+def main(out: Path) -> None:
+    """The joint reference of the simulation in `out`; writes `out/joint/result.json`."""
+    record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    record.pop("base_digest")
+    config = validate(record, SimulationConfig, where=str(out / "config.json"))
+    domains = {source.name: Domain.load(out / "data" / source.name) for source in config.domain}
+    steps = config.simulation.joint_steps
+    found = joint_reference(domains, config.run_config(), out / "joint", steps=steps)
+    write_atomic(out / "joint" / "result.json", json.dumps(found).encode())
 
 
 def _mean_of(validations: Sequence[Validate]) -> Validate:
@@ -131,3 +141,8 @@ def _mean_of(validations: Sequence[Validate]) -> Validate:
         return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
 
     return validate
+
+
+if __name__ == "__main__":
+    check_imports()
+    main(Path(sys.argv[1]))

@@ -23,17 +23,17 @@ from rich.table import Table
 from clients.data.assemble import Settings
 from clients.data.domain import Domain
 from clients.data.prepare import prepare
-from common.errors import ConfigError
+from common.errors import ConfigError, FederationError
 from common.files import write_atomic
 from common.models.base import model_digest, resolve_base
+from common.processes import end, last_lines, python_module, spawn
 from server.results import save, tables
 from server.runs import Run
 from simulations.config import SimulationConfig
 from simulations.federation import OnOneMachine
 from simulations.live import Progress
-from simulations.pooled import joint_reference
 
-JOINT = "joint"
+JOINT, RESULT = "joint", "result.json"
 
 
 def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) -> Path:
@@ -57,7 +57,7 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
     joint: dict[str, dict[str, float]] = {}
     if config.simulation.joint:
         joint_started_s = time.time()
-        joint = joint_reference(machine.domains(), config.run_config(), out / JOINT, console)
+        joint = run_joint(out, console)
         extra_s["joint"] = round(time.time() - joint_started_s, 2)
     extra_s["total"] = round(time.time() - started_s, 2)
     summary = collect(machine, run, joint, extra_s)
@@ -67,6 +67,32 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
     report = out / "report.html"
     Console().print(f"report: {report}", highlight=False, soft_wrap=True)
     return report
+
+
+def run_joint(out: Path, console: Console) -> dict[str, dict[str, float]]:
+    """The joint reference of the simulation in `out`, in a process of its own; domain -> metric -> value."""
+    console.print("joint reference on the pooled data: not private, simulation only", highlight=False)
+    folder = out.resolve() / JOINT
+    process = spawn(
+        python_module("simulations.pooled", str(out.resolve())),
+        folder=folder,
+        log=folder / "joint.log",
+        env={"MALLOC_ARENA_MAX": "1"},
+    )
+    progress = Progress({JOINT: folder / "status.json"}, console)
+    try:
+        with progress.shown():
+            while process.poll() is None:
+                progress()
+                time.sleep(0.5)
+    finally:
+        end(process)
+    if process.returncode:
+        raise FederationError(
+            f"the joint reference failed: {last_lines(folder / 'joint.log')}",
+            next_step="start again to go on, or set simulation.joint = false",
+        )
+    return {name: dict(row) for name, row in _read_json(folder / RESULT).items()}
 
 
 def prepare_source(config: SimulationConfig, name: str, out: Path) -> Path:

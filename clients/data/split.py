@@ -1,4 +1,4 @@
-"""k-core filtering and the leave-one-out split (METHODS.md, MergeRec sec. 2).
+"""k-core filtering and the leave-one-out split (MergeRec sec. 2).
 
 >>> import numpy as np
 >>> user_N, item_N = np.array([0, 0, 1]), np.array([0, 1, 0])

@@ -60,9 +60,11 @@ class Examples:
 class TrainingBatches(Dataset[Batch]):
     """Batch `step` for every training step of one domain, ready for `loss.TwoTower`.
 
-    A batch holds each target item once (`item_*`, U rows): a target that occurs twice in a batch is one
-    candidate and so never its own negative. `blocked_BU` is True where a candidate is an earlier item of
-    the example's own history: those are not negatives either.
+    A batch holds each candidate item once (`item_*`, U rows): a target that occurs twice in a batch is one
+    candidate and so never its own negative. Beside the targets, the newest `history_negatives` items of each
+    history are candidates: the ranking is over the whole catalog, where what was just bought reads most like
+    the history and would fill the first places. `blocked_BU` is True where a candidate is an older item of
+    the example's own history (or any, with `history_negatives` 0): those are not negatives.
     """
 
     def __init__(self, encoder: Encoder, domain: Domain, config: RunConfig, steps: int) -> None:
@@ -70,6 +72,7 @@ class TrainingBatches(Dataset[Batch]):
         self._tokens = domain_tokens(encoder, domain, config.text)
         self._examples = Examples(domain.train, config.training.positions_per_user)
         self._steps, self._seed = steps, config.run.seed
+        self._history_negatives = config.training.history_negatives
         if len(self._examples) < 2:
             raise DataError(
                 f"domain {domain.name!r} has {len(self._examples)} training examples, needs at least 2",
@@ -111,8 +114,14 @@ class TrainingBatches(Dataset[Batch]):
                 )
             ]
         )
-        item_U, candidate_B = np.unique(target_B, return_inverse=True)
+        newest = (
+            [history[-self._history_negatives :] for history in histories] if self._history_negatives else []
+        )
+        item_U = np.unique(np.concatenate([target_B, *newest]))
+        candidate_B = np.searchsorted(item_U, target_B)
         blocked_BU = np.stack([np.isin(item_U, history) for history in histories])
+        for row, seen in enumerate(newest):
+            blocked_BU[row, np.searchsorted(item_U, seen)] = False
         blocked_BU[np.arange(len(histories)), candidate_B] = False
         text = self._text
         history_ids, history_mask = self._encoder.batch(

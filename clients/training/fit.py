@@ -136,6 +136,7 @@ def load_encoder(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=config.training.precision,
         dropout=config.training.dropout if training else None,
+        for_training=training,
     )
 
 

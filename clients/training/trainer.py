@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with the parts replaced that METHODS and the crash rule need otherwise.
+"""`transformers.Trainer` with the parts replaced that the recipe and the crash rule need otherwise.
 
 The loop, AdamW, gradient clipping and skipping of seen batches on resume are the library's. Ours are:
 the loss (`loss.TwoTower`), the schedule (linear warm-up that starts above zero, so that even one step
@@ -9,9 +9,11 @@ writes nothing, and `metrics.jsonl` holds numbers alone.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,7 @@ from common.progress import Report
 from common.vectors import save_tensors
 
 LOG_EVERY_STEPS = 10
+TRIM_EVERY_STEPS = 5
 CLOCK_EVERY_S = 5.0
 BEST_PREFIX = "best-"
 Validate = Callable[[], dict[str, float]]
@@ -259,6 +262,8 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
         trainer, plan, step = self._trainer, self._trainer.plan, state.global_step
         trainer.tick()
         trainer.told(phase="train", step=step, total=plan.max_steps, loss=trainer.last_loss)
+        if step % TRIM_EVERY_STEPS == 0:
+            return_free_memory()
         if step % LOG_EVERY_STEPS == 0 or step == 1:
             rate = trainer.optimizer.param_groups[0]["lr"]
             trainer.log_line({"step": step, "loss": trainer.last_loss, "next_learning_rate": rate})
@@ -266,6 +271,14 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = ending or step % plan.eval_every_steps == 0
         control.should_save = step % plan.checkpoint_every_steps == 0
         control.should_training_stop |= ending
+
+
+def return_free_memory() -> None:
+    """Give malloc's free pages back (glibc only): batches of changing shape fragment the heap by gigabytes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _only(batches: list[Batch]) -> Batch:

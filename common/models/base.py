@@ -1,7 +1,7 @@
 """Model folders: where the base is, what it is (its digest), what of it may train, how it is saved.
 
 Rules: a folder is in Hugging Face layout with one `model.safetensors` (never pickle); embedding
-tables and poolers never train and never cross (SECURITY: they give the private vocabulary away);
+tables and poolers never train and never cross (what changed in them gives the private vocabulary away);
 what is saved loads in `SentenceTransformer(path)` and `AutoModel.from_pretrained(path)` without us.
 torch is imported only where tensors are read or written.
 """

@@ -130,9 +130,12 @@ class Encoder:
         device: str = "cpu",
         precision: Precision = "fp32",
         dropout: float | None = None,
+        *,
+        for_training: bool = False,
     ) -> Encoder:
         """Load a model folder, in evaluation mode. `dropout` None keeps the model's own (training only).
 
+        `for_training` takes plain attention on the CPU, whose backward pass is the faster one there.
         `precision` "auto" computes in bfloat16 where the hardware has it; weights stay float32.
         Raises ModelError where the folder is incomplete or its tensors are not the architecture's.
         """
@@ -147,7 +150,8 @@ class Encoder:
             for key in _DROPOUT_KEYS if dropout is not None else ():
                 if hasattr(config, key):
                     setattr(config, key, dropout)
-            model = AutoModel.from_config(config, dtype=torch.float32)
+            attention = {"attn_implementation": "eager"} if for_training and device == "cpu" else {}
+            model = AutoModel.from_config(config, dtype=torch.float32, **attention)
         except (OSError, ValueError, KeyError, TypeError) as err:
             reason = str(err).splitlines()[0] if str(err) else type(err).__name__
             raise ModelError(

@@ -57,7 +57,14 @@ def test_the_vector_is_what_training_changed_and_nothing_else(
 
 
 def test_training_learns(pico_domain: Any, pico_model: Path, pico_config: RunConfig, tmp_path: Path) -> None:
-    config = changed(pico_config, max_steps=80, eval_every_steps=40, checkpoint_every_steps=80, dropout=0.0)
+    config = changed(
+        pico_config,
+        max_steps=80,
+        eval_every_steps=40,
+        checkpoint_every_steps=80,
+        dropout=0.0,
+        history_negatives=0,
+    )
     result = fine_tune(pico_domain, pico_model, config, tmp_path)
     lines = [
         json.loads(line) for line in (result.vector_path.parent / "metrics.jsonl").read_text().splitlines()

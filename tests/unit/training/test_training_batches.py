@@ -56,29 +56,38 @@ def test_an_epoch_sees_each_example_once_and_the_order_is_a_function_of_the_seed
     assert TrainingBatches(encoder, pico_domain, other, 9).members(0).tolist() != batches.members(0).tolist()
 
 
-def test_a_batch_holds_each_target_once_and_blocks_the_history(
-    encoder: Encoder, pico_domain: Any, pico_config: RunConfig
+@pytest.mark.parametrize("history_negatives", [0, 1, 2])
+def test_a_batch_holds_each_candidate_once_and_blocks_the_older_history(
+    encoder: Encoder, pico_domain: Any, pico_config: RunConfig, history_negatives: int
 ) -> None:
+    walks = [[1, 2], [3, 2], [2, 4], [5, 4, 5], [2, 6, 7, 4], [4, 6, 4, 2]]
     domain = replace(
         pico_domain,
-        train=[np.array(walk, dtype=np.int32) for walk in ([1, 2], [3, 2], [2, 4], [5, 4, 5])] * 10,
+        train=[np.array(walk, dtype=np.int32) for walk in walks] * 6,
+        user_ids=pico_domain.user_ids[:36],
+        valid=pico_domain.valid[:36],
+        test=pico_domain.test[:36],
     )
-    config = pico_config.model_copy(
-        update={
-            "training": pico_config.training.model_copy(
-                update={"batch_size": 40, "positions_per_user": "last"}
-            )
-        }
+    training = pico_config.training.model_copy(
+        update={"batch_size": 36, "positions_per_user": "last", "history_negatives": history_negatives}
     )
-    batch = TrainingBatches(encoder, domain, config, 1)[0]
-    assert batch["item_ids_UT"].shape[0] == 3  # items 2, 4, 5, each once
-    members = TrainingBatches(encoder, domain, config, 1).members(0)
-    kinds = members % 4  # which of the four walks
-    wanted_target = {0: 0, 1: 0, 2: 1, 3: 2}
-    assert batch["target_B"].tolist() == [wanted_target[int(kind)] for kind in kinds]
-    # walk 2 has item 2 in its history; walk 3 has item 4, and its own target 5, which stays
-    wanted_blocked = {0: [0, 0, 0], 1: [0, 0, 0], 2: [1, 0, 0], 3: [0, 1, 0]}
-    assert batch["blocked_BU"].int().tolist() == [wanted_blocked[int(kind)] for kind in kinds]
+    batches = TrainingBatches(encoder, domain, pico_config.model_copy(update={"training": training}), 1)
+    batch, kinds = batches[0], [int(member) % 6 for member in batches.members(0)]
+    newest = [walk[:-1][-history_negatives:] if history_negatives else [] for walk in walks]
+    candidates = sorted({walk[-1] for walk in walks} | {item for seen in newest for item in seen})
+    texts = [", ".join(strings) for strings in domain.catalog().texts(("title", "brand"))]
+    for row, item in enumerate(candidates):
+        ids = batch["item_ids_UT"][row, : int(batch["item_mask_UT"][row].sum())].tolist()
+        assert ids == encoder.tokenizer(texts[item])["input_ids"]
+    assert batch["item_ids_UT"].shape[0] == len(candidates)
+    assert batch["target_B"].tolist() == [candidates.index(walks[kind][-1]) for kind in kinds]
+    assert batch["blocked_BU"].tolist() == [
+        [
+            item in walks[kind][:-1] and item not in newest[kind] and item != walks[kind][-1]
+            for item in candidates
+        ]
+        for kind in kinds
+    ]
 
 
 def test_the_history_is_most_recent_first(encoder: Encoder, pico_domain: Any, pico_config: RunConfig) -> None:

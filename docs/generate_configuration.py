@@ -1,0 +1,283 @@
+"""Write `docs/configuration.md` from the configuration models themselves.
+
+    python docs/generate_configuration.py
+
+Defaults and allowed values are read from the pydantic models; what a key means stands here, beside the
+model's own description where it has one. A key without a meaning, or a meaning without a key, is an error.
+tests/unit/test_docs.py fails when the page that is checked in differs from what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pydantic_core
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from clients.home import ClientConfig
+from common.config import REFERENCE_LEARNING, RunConfig
+from server.home import ServerConfig
+from server.merging import methods, processes
+from simulations.config import SimulationConfig
+
+PAGE = Path(__file__).with_name("configuration.md")
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+RUN_MEANINGS = {
+    "run.name": "How the run is called; its id is this name and eight hexadecimal digits.",
+    "run.seed": "Seed of training, of pseudo-users, and of every subsample.",
+    "base.model": "`embedded` (all-MiniLM-L6-v2, installed with Isthmus) or the path of a folder in Hugging "
+    "Face layout on the server. Owners choose their own copy; only its digest must be equal.",
+    "base.pooling": "How token vectors become one vector; `auto` follows the folder's own setting.",
+    "text.attributes": "Item attributes that make an item's text, in this order; absent ones are skipped.",
+    "text.max_attribute_tokens": "Each attribute is cut to so many tokens.",
+    "text.max_history_items": "At most so many items of a history are used.",
+    "training.batch_size": "Positions in one step; the other targets of the batch are the negatives.",
+    "training.learning_rate": "Peak learning rate of AdamW.",
+    "training.temperature": "Scores are divided by it before the softmax.",
+    "training.weight_decay": "Of AdamW.",
+    "training.warmup_steps": "Steps in which the learning rate rises; afterwards it falls linearly.",
+    "training.max_steps": "Optimiser steps at most.",
+    "training.eval_every_steps": "Steps between two evaluations on the validation set.",
+    "training.patience": "Early stopping.",
+    "training.checkpoint_every_steps": "Steps between two checkpoints; killed training goes on from there.",
+    "training.positions_per_user": "Train on every position of a history, or on its last one only.",
+    "training.precision": "`auto` is bf16 where the hardware has it.",
+    "training.vector_codec": "Number format of every vector that crosses, in both directions.",
+    "learning.preset": "`reference` fills every key that is not given with the authors' value, see below.",
+    "learning.steps": "Steps of Adam on the coefficients.",
+    "learning.batch_size": "Pseudo-users in one step.",
+    "learning.learning_rate": "Of Adam, on the coefficients.",
+    "learning.initial": "Coefficient to start from.",
+    "learning.temperature": "Of the softmax over items, for student and teacher.",
+    "learning.distillation_weight": "Weight of the distillation loss.",
+    "learning.item_embeddings": "Whether the merged model's item embeddings are encoded once, or again.",
+    "learning.refresh_every_steps": "Steps between two encodings when `item_embeddings` is `refreshed`.",
+    "learning.mask_seen": "Leave the pseudo-user's own items out of student and teacher scores.",
+    "learning.history_length": "Items in a pseudo-user's history.",
+    "learning.rollout_top_k": "Only with `history_length` above 1.",
+    "learning.rollout_temperature": "Only with `history_length` above 1: how evenly it is drawn.",
+    "learning.precision": "`auto` is bf16 where the hardware has it.",
+    "merge[].method": "Name of the method, see below.",
+    "merge[].name": "Label in tables, and what `publish` refers to; empty: method, then granularity.",
+    "merge[].options": "Options of the method, see below.",
+    "merge[].learning": "A learning section for this entry alone, for learned methods.",
+    "evaluation.k": "Metrics are Recall@k and NDCG@k. An owner's policy allows metrics by name, by default "
+    "`recall@10` and `ndcg@10`: with another k nothing is reported until the owners allow it.",
+    "evaluation.max_users": "Evaluate at most so many test users, drawn by `run.seed`.",
+    "evaluation.batch_size": "Histories encoded at once.",
+}
+SIMULATION_MEANINGS = {
+    "simulation.joint_steps": "Training steps of that reference.",
+    "domain[].name": "The domain's name; letters, digits, `-` and `_`.",
+    "domain[].path": "What `isthmus data prepare` reads, or a prepared folder; relative to this file.",
+    "domain[].format": "As `isthmus data prepare --format`.",
+    "domain[].k_core": "As `isthmus data prepare --k-core`.",
+    "domain[].public": "Public attributes, as `isthmus data prepare --public`.",
+}
+CLIENT_MEANINGS = {
+    "domain": "This domain's name at the server. Written by `isthmus client join`.",
+    "pseudonym": "The name under which this domain appears in what is published. Written by join.",
+    "server.name": "The server's name. This and the next four come from the join kit.",
+    "server.fleet": "`host:port` of the control channel.",
+    "server.exchange": "`host:port` of the data channel.",
+    "server.enrol": "`host:port` of enrolment.",
+    "server.public_key": "The server's Ed25519 key; what the server signs is checked by it.",
+    "base": "Its digest must be that of the run, or the run is refused.",
+    "approved_fabs": "SHA-256 of the app bundles that the runner answers to; join writes the kit's. "
+    "A bundle is compared, never unpacked.",
+    "supernode_port": "Loopback port of the SuperNode; one for each owner's home on a host.",
+    "policy.kinds": "Kinds of parcels that may leave.",
+    "policy.codecs": "Payload formats that may leave.",
+    "policy.training_facts": "Numbers about training that a header may carry. Metrics need `users_bucket`.",
+    "policy.card_fields": "Numbers that the domain card may carry; counts only as buckets.",
+    "policy.metrics": "Aggregate metrics that may leave. Empty: none, and the run goes on without them.",
+    "policy.reply_fields": "Fields of a reply on the control channel; codes, digests and numbers only.",
+    "policy.min_users": "Users are counted as a bucket (1, 2 or 5 times a power of ten, rounded down).",
+    "policy.max_row_gap": "How far apart the row norms of one tensor may be: rows nearly untouched would "
+    "tell which, so such a tensor does not leave.",
+    "policy.max_payload_bytes": "Bytes of one payload.",
+}
+SERVER_MEANINGS = {
+    "name": "The server's name; lower-case letters, digits and `-`.",
+    "hosts": "All are in the TLS certificate, and the first is written into kits.",
+    "ports.fleet": "Public: control channel, the Fleet proxy in front of Flower's SuperLink.",
+    "ports.exchange": "Public: data channel, the Exchange gRPC service.",
+    "ports.enrol": "Public: enrolment, needed only while domains join.",
+    "ports.superlink": "Loopback only, whatever `bind` says.",
+}
+
+HEAD = """\
+# Configuration
+
+This page is generated by `docs/generate_configuration.py` from the configuration models. Do not edit it.
+
+All files are TOML. An unknown key is refused with the nearest known one; nothing is evaluated, and no
+environment variable changes a value. The resolved configuration, defaults included, is saved beside every
+result (`config.json`, and `config` in `summary.json`). Units are in the names: `_steps`, `_minutes`,
+`_tokens`, `_bytes`. "not set" means that the key is left out.
+
+Two environment variables name home directories, so that `--home` may be left out:
+`ISTHMUS_SERVER_HOME` (default `~/.isthmus/server`) and `ISTHMUS_CLIENT_HOME` (default `~/.isthmus/client`).
+"""
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of `model` by its dotted name; `[]` marks a list of tables."""
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is None or (name == "learning" and prefix):
+            yield prefix + name, field
+        else:
+            listed = typing.get_origin(field.annotation) is tuple
+            yield from leaves(inner, f"{prefix}{name}{'[]' if listed else ''}.")
+
+
+def table(model: type[BaseModel], meanings: dict[str, str], skip: frozenset[str] = frozenset()) -> str:
+    """One Markdown table a section. Raises KeyError for a key without meaning, or a meaning without key."""
+    fields = {key: field for key, field in leaves(model) if key not in skip}
+    if unknown := meanings.keys() - fields.keys():
+        raise KeyError(f"no such key: {', '.join(sorted(unknown))}")
+    sections: dict[str, list[str]] = {}
+    for key, field in fields.items():
+        section, _, name = key.rpartition(".")
+        said = " ".join(
+            filter(
+                None, (meanings.get(key, ""), _sentence((field.description or "").replace("None", "not set")))
+            )
+        )
+        if not said:
+            raise KeyError(f"no meaning: {key}")
+        row = f"| `{name}` | {_default(field)} | {_allowed(field)} | {_cell(said)} |"
+        sections.setdefault(section, []).append(row)
+    parts = []
+    for section, rows in sorted(sections.items(), key=lambda pair: bool(pair[0])):  # TOML: top level first
+        title = (
+            "top level" if not section else f"`[[{section[:-2]}]]`" if "[]" in section else f"`[{section}]`"
+        )
+        parts.append(
+            f"### {title}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+        )
+    return "\n\n".join(parts)
+
+
+def merge_methods() -> str:
+    """What may stand in `method`, with the options of each."""
+    rows = [
+        f"| `{name}` | {_options(method.options)} | {method.paper} |"
+        for name, method in sorted(methods().items())
+    ]
+    learned = '`granularity` = `"layer"` or `"domain"`, `process` = `"none"` or ' + " or ".join(
+        f'`"{name}"` (its option: {_options(process.options)})'
+        for name, process in sorted(processes().items())
+    )
+    rows += [
+        f"| `adamerging` | {learned} | Yang et al., ICLR 2024 |",
+        "| `mergerec` | as `adamerging` | MergeRec |",
+    ]
+    return "| `method` | options with defaults | source |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def render() -> str:
+    """The whole page."""
+    run_keys = frozenset(key for key, _ in leaves(RunConfig))
+    reference = "\n".join(f"{key} = {_toml(value)}" for key, value in REFERENCE_LEARNING.items())
+    return "\n".join(
+        [
+            HEAD,
+            "## A run",
+            "\nRead by `isthmus run start CONFIG`, and the greater part of what `isthmus simulate` reads.",
+            "The server signs it and sends it to the owners; it holds no path of theirs and no code.\n",
+            table(RunConfig, RUN_MEANINGS),
+            "\n### Merge methods\n",
+            "Each `[[merge]]` entry becomes one row of the results. Without any, there are seven: the three",
+            "training-free methods, and `adamerging` and `mergerec` with either granularity. The entry that",
+            "`publish` names by its label becomes the universal model.\n",
+            merge_methods(),
+            '\n### `preset = "reference"`\n',
+            "Fills these values in `[learning]`, as the reference implementation has them:\n",
+            f"```toml\n[learning]\n{reference}\n```",
+            "\n## A simulation",
+            "\nA run's file with these keys in addition. Read by `isthmus simulate CONFIG --out DIR`.\n",
+            table(SimulationConfig, SIMULATION_MEANINGS, skip=run_keys),
+            "\n## client.toml",
+            "\nIn an owner's home, written by `isthmus client join`. Only the owner changes it; nothing that",
+            "the server sends does. Restart `isthmus client up` after an edit.\n",
+            table(ClientConfig, CLIENT_MEANINGS),
+            "\n## server.toml",
+            "\nIn the server's home, written by `isthmus server init`. The TLS certificate is made for",
+            "`hosts` once: a new name or address needs a new certificate from the home's CA.\n",
+            table(ServerConfig, SERVER_MEANINGS),
+            "",
+        ]
+    )
+
+
+def _options(model: type[BaseModel]) -> str:
+    found = [f"`{name}` = {_toml(field.default)}" for name, field in model.model_fields.items()]
+    return ", ".join(found) or "none"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in typing.get_args(annotation) if (found := _model_in(inner))), None)
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is pydantic_core.PydanticUndefined:
+        return "required"
+    return "not set" if value is None else "none" if value == {} else f"`{_cell(_toml(value))}`"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(str(value) if isinstance(value, StrEnum) else value)
+
+
+def _allowed(field: FieldInfo) -> str:
+    kind = _kind(field.annotation)
+    bounds = [
+        f"{sign} {value:g}"
+        for m in field.metadata
+        for k, sign in BOUNDS.items()
+        if (value := getattr(m, k, None)) is not None
+    ]
+    return " ".join([kind, *bounds[:1], *(f"and {bound}" for bound in bounds[1:])])
+
+
+def _kind(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    if origin is dict:
+        return "table"
+    if origin in (types.UnionType, typing.Union):
+        return next(_kind(part) for part in inner if part is not types.NoneType)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return "names"
+    names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+    return names.get(annotation, "table")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
