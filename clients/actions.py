@@ -135,8 +135,9 @@ class Actions:
         for number, wanted in enumerate(order.candidates):
             self._status(phase="download", step=number, total=len(order.candidates))
             parcel = self._exchange.fetch(wanted.parcel, folder)
-            if parcel.header.base_digest != order.base_digest or parcel.header.run != order.run:
-                raise BaseMismatchError("a merged vector is for another base model or run")
+            header, kind = parcel.header, Kind.UNIVERSAL_MODEL if order.action == INSTALL else Kind.CANDIDATE
+            if (header.base_digest, header.run, header.kind) != (order.base_digest, order.run, kind):
+                raise BaseMismatchError("a merged vector is for another base model, run or purpose")
             found.append(
                 Candidate(
                     label=wanted.label,
@@ -160,6 +161,7 @@ class Actions:
             domain=str(self._home.data_folder),
             base=str(base),
             work=str(self._home.work(order.run)),
+            fits=str(self._home.fits),
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),

@@ -7,22 +7,25 @@ The contract test in tests/integration holds these calls to the pinned Flower ve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_to_proto
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PushTaskOutputRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PushTaskOutputRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
@@ -84,7 +87,7 @@ class TaskSource:
                 RuntimeTokenHttpInterceptor(response.token),
             ]
         )
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat = HeartbeatSender(_beat(client))
         heartbeat.start()
         try:
             message, context, _run, fab = pull_task_input(client)
@@ -104,5 +107,36 @@ class TaskSource:
             insecure=True,
             root_certificates=None,
             interceptors=interceptors,
-            retry_invoker=make_simple_http_retry_invoker(),
+            retry_invoker=_patient(),
         )
+
+
+def _beat(client: RuntimeHttpClient) -> Callable[[], bool]:
+    """One heartbeat of a task, which never fails.
+
+    Flower's own sends this process SIGINT when the SuperNode no longer knows the task (it was started
+    anew, or the Flower run is over). That would end a fine-tuning which counts all the same.
+    """
+
+    def beat() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        return True
+
+    return beat
+
+
+def _patient() -> RetryInvoker:
+    """Flower's retries, but what is unauthorised or over is an error of that one call.
+
+    Flower's own sends this process SIGINT for 401 and raises a BaseException for 403.
+    """
+    retries = make_simple_http_retry_invoker()
+    gives_up = retries.should_giveup
+
+    def refused_or_given_up(err: Exception) -> bool:
+        refused = isinstance(err, httpx.HTTPStatusError) and err.response.status_code in (401, 403)
+        return refused or gives_up is None or bool(gives_up(err))
+
+    retries.should_giveup = refused_or_given_up
+    return retries

@@ -3,7 +3,8 @@
 client.toml     what the owner decides: data, base model, policy, approved app bundles
 keys/           identity (Ed25519), TLS key and certificate, Flower node key; they never leave
 ledger.jsonl    every crossing;  journal.jsonl  what was done, so that nothing is done twice
-work/<run>/     fine-tuning: checkpoints, vector, evaluations, per-user results
+work/fits/      fine-tunings: checkpoints, vector, model
+work/<run>/     evaluations and per-user results of one run;  outbox/  parcels as they were sent
 models/         installed universal models, `current` and the previous one; `own` fine-tuned ones
 flower/, logs/, empty/, status.json
 """
@@ -116,6 +117,11 @@ class ClientHome:
             self.path / "outbox",
             sender=self.config.domain,
         )
+
+    @property
+    def fits(self) -> Path:
+        """Fine-tunings by configuration, base and data; a new run of the same ones does not train again."""
+        return self.path / "work" / "fits"
 
     def work(self, run: str) -> Path:
         """The working folder of one run."""

@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 POLL_S = 0.3
 RETRY_S = (2.0, 5.0, 15.0, 30.0)
 MAX_FAILURES = 5
-PATIENT_CODES = frozenset({"unreachable", "transport"})  # not the domain's fault: ask until the deadline
+PATIENT_CODES = frozenset(
+    {"unreachable", "transport", "storage"}
+)  # not the domain's fault: ask until the deadline
 
 
 class GridLike(Protocol):
@@ -120,7 +122,7 @@ class Control:
             reasons = ", ".join(f"{domain}: {why}" for domain, why in sorted(lost.items()))
             raise FederationError(
                 f"{len(delivered)} domains delivered, the quorum is {self._run.spec.quorum} ({reasons})",
-                next_step="mend what kept them, then start the run again: what was delivered is kept",
+                next_step="mend what kept them and start a new run; fine-tunings are kept",
             )
         return Outcome(sorted(delivered), lost)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from typing import Any
 from common.config import RunConfig, validate
 from common.errors import FederationError
 from common.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 PENDING, RUNNING, DONE, FAILED, STOPPED = "pending", "running", "done", "failed", "stopped"
 FINAL = frozenset({DONE, FAILED, STOPPED})
@@ -161,9 +164,14 @@ class Runs:
         )
 
     def all(self) -> list[Run]:
-        """Every run, oldest first."""
-        runs = [Run(path.parent) for path in self._folder.glob("*/run.json")]
-        return sorted(runs, key=lambda run: run.spec.created_s)
+        """Every run that can be read, oldest first."""
+        found = []
+        for path in self._folder.glob("*/run.json"):
+            try:
+                found.append((Run(path.parent).spec.created_s, path.stat().st_mtime_ns, path.parent))
+            except FederationError as err:
+                log.warning("%s", err)
+        return [Run(folder) for _, _, folder in sorted(found)]
 
     def open(self) -> list[Run]:
         """Runs that are not over."""

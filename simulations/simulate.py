@@ -205,7 +205,7 @@ def _events(machine: OnOneMachine, run: Run, domains: Iterable[str]) -> list[dic
     """The server's events but for results (those are written anew), and every domain's training curve."""
     events = [event for event in _lines(run.folder / "metrics.jsonl") if event["type"] != "result"]
     for name in domains:
-        for path in sorted(machine.client_path(name).glob("work/*/metrics.jsonl")):
+        for path in sorted(machine.client_path(name).glob("work/fits/*/metrics.jsonl")):
             events += [{"type": "training", "domain": name, **event} for event in _lines(path)]
     return events
 

@@ -46,6 +46,7 @@ class Job(Frozen):
 
     "fit": fine-tune, then evaluate the base ("zero-shot") and the fine-tuned model on the test set.
     "evaluate": evaluate the model folder `model` and call the result `label`.
+    `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
     """
 
@@ -58,6 +59,7 @@ class Job(Frozen):
     model: str = ""
     label: str = ""
     candidates: tuple[Candidate, ...] = ()
+    fits: str = ""
     evaluate_after_fit: bool = True
     threads: int = 0
 
@@ -121,7 +123,7 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
     raise _named_error(job, status)
 
 
-_PATHS = ("domain", "base", "work", "status", "model")
+_PATHS = ("domain", "base", "work", "status", "model", "fits")
 
 
 def _named_error(job: Job, status: int) -> IsthmusError:

@@ -274,7 +274,7 @@ class _Pace(TrainerCallback):  # type: ignore[misc]
 
 
 def return_free_memory() -> None:
-    """Give malloc's free pages back (glibc only): batches of changing shape fragment the heap by gigabytes."""
+    """Give malloc's free pages back (glibc): batches of changing shape fragment the heap by gigabytes."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

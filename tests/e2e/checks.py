@@ -74,16 +74,15 @@ def accepted_vectors(federation: Federation, run: str) -> Counter[str]:
     )
 
 
-def fit_folder(home: Path, run: str) -> Path:
-    """The folder of the one fine-tuning that this owner began in this run."""
-    folders = [path.parent for path in (home / "work" / run).glob("*/clock.json")]
-    assert len(folders) == 1, folders
-    return folders[0]
+def fit_folder(home: Path) -> Path:
+    """The folder of the one fine-tuning that this owner ever began."""
+    (clock,) = (home / "work").rglob("clock.json")
+    return clock.parent
 
 
-def fit_result(home: Path, run: str) -> dict[str, Any]:
-    """The journal of the one fine-tuning of this run."""
-    return read_json(fit_folder(home, run) / "result.json")
+def fit_result(home: Path) -> dict[str, Any]:
+    """The journal of that fine-tuning."""
+    return read_json(fit_folder(home) / "result.json")
 
 
 def private_parts(home: Path) -> dict[str, bytes]:

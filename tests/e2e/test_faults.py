@@ -74,17 +74,17 @@ def test_kill_of_runner_and_trainer_during_fine_tuning(federation: Federation) -
     run = federation.start_run(run_config(federation.base, training=LONG_TRAINING, merge=ONE_MERGE))
     until("garden to train", training_beyond(federation, "garden", 60))
     kill(federation.runner("garden"), *federation.trainers("garden"))
-    reached = _newest_checkpoint(fit_folder(federation.home("garden"), run))
+    reached = _newest_checkpoint(fit_folder(federation.home("garden")))
     assert reached >= 60
     before = federation.status("garden")["updated_s"]
     until("garden to train again", lambda: _trains_since(federation.status("garden"), before))
     assert federation.status("garden")["step"] > reached  # and not from the first step
 
     check_complete(federation, run)
-    assert fit_result(federation.home("garden"), run)["resumed"] is True
-    assert fit_result(federation.home("kitchen"), run)["resumed"] is False
+    assert fit_result(federation.home("garden"))["resumed"] is True
+    assert fit_result(federation.home("kitchen"))["resumed"] is False
     for name in DOMAINS:
-        steps = steps_logged(fit_folder(federation.home(name), run))
+        steps = steps_logged(fit_folder(federation.home(name)))
         assert steps == sorted(set(steps))
         assert steps[0] == 1 and steps[-1] == LONG_TRAINING["max_steps"]
 
@@ -116,7 +116,7 @@ def test_cut_link_then_kill_during_upload(
         run = federation.start_run(run_config(base, merge=ONE_MERGE))
         until("the link to be cut", lambda: relay.cuts)
         until("the upload to go on", lambda: relay.total > 8_000_000)
-        result = fit_result(federation.home("garden"), run)
+        result = fit_result(federation.home("garden"))
         kill(federation.runner("garden"), *federation.trainers("garden"))
         size = Path(federation.home("garden") / "work").rglob("vector.safetensors").__next__().stat().st_size
         across, relay.rate = relay.total, 0
@@ -125,7 +125,7 @@ def test_cut_link_then_kill_during_upload(
         # A resume sends what is missing. Some chunks were on the way when the link was cut.
         assert relay.total < size + 6_000_000
         assert relay.total - across < size - 4_000_000
-    assert fit_result(federation.home("garden"), run) == result
+    assert fit_result(federation.home("garden")) == result
     assert result["resumed"] is False
 
 
@@ -186,7 +186,8 @@ def test_kill_of_a_supernode(federation: Federation) -> None:
     until("garden to train", training_beyond(federation, "garden", 60))
     kill(*federation.alive("flower-supernode", under=federation.home("garden")))
     check_complete(federation, run)
-    assert fit_result(federation.home("garden"), run)["resumed"] is False
+    assert fit_result(federation.home("garden"))["resumed"] is False
+    assert (federation.home("garden") / "logs" / "runner.log").read_text().count("is ready") == 1
 
 
 @pytest.mark.slow

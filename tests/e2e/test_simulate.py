@@ -44,7 +44,7 @@ def test_simulate_is_resumed_after_a_kill_and_refused_when_finished(federation: 
     assert str(out / "report.html") in said
     assert federation.alive() == []
     _check_folder(out, run)
-    assert fit_result(garden, run)["resumed"] is True
+    assert fit_result(garden)["resumed"] is True
 
     again = federation.cli("simulate", config, "--out", out)
     assert again.returncode == 2
@@ -52,7 +52,7 @@ def test_simulate_is_resumed_after_a_kill_and_refused_when_finished(federation: 
 
 
 def _step(home: Path) -> int:
-    status = read_json(next((home / "status.json",)))
+    status = read_json(home / "status.json")
     return int(status["step"]) if status.get("phase") == "train" else 0
 
 
@@ -72,10 +72,10 @@ def _check_folder(out: Path, run: str) -> None:
     assert "joint" in page and "ynthetic" in page and "http://" not in page.replace("http://www.w3.org", "")
     check_model(out / "model")
     for name in DOMAINS:
-        _check_domain(out, run, name)
+        _check_domain(out, name)
 
 
-def _check_domain(out: Path, run: str, name: str) -> None:
+def _check_domain(out: Path, name: str) -> None:
     """One accepted vector, one receipt for it, one fine-tuning from its first step to its last."""
     server = [entry.body for entry in Ledger(out / "ledgers" / "server.jsonl")]
     own = [entry.body for entry in Ledger(out / "ledgers" / f"{name}.jsonl")]
@@ -87,7 +87,7 @@ def _check_domain(out: Path, run: str, name: str) -> None:
     sent = [body for body in own if (body["kind"], body["type"]) == ("task-vector", "parcel")]
     assert [(body["direction"], body["verdict"]) for body in in_] == [("in", "accepted")]
     assert {body["digest"] for body in sent} == {body["digest"] for body in in_}
-    folder = fit_folder(out / "domains" / name, run)
+    folder = fit_folder(out / "domains" / name)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == STEPS

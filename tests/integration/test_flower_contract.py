@@ -14,7 +14,7 @@ from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, PushTaskOutputRequest
 from flwr.supercore.cli.flower_superexec import _parse_args as superexec_arguments
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -75,7 +75,6 @@ def test_the_rest_of_what_we_call() -> None:
     assert {"server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"} == set(
         connect
     )
-    assert len(parameters(make_task_heartbeat_fn_http)) == 1
     assert isinstance(HeartbeatSender.is_running, property)
     assert ACQUIRE in inspect.getsource(RuntimeHttpClient.AcquireTask)
     assert TaskType.CLIENT_APP == "flwr-clientapp"
@@ -111,7 +110,7 @@ def _source(monkeypatch: pytest.MonkeyPatch, *, task: bool) -> tuple[TaskSource,
         return clients[-1]
 
     monkeypatch.setattr(TaskSource, "_connect", connect)
-    monkeypatch.setattr(flower, "make_task_heartbeat_fn_http", lambda _client: lambda: True)
+    monkeypatch.setattr(flower, "_beat", lambda _client: lambda: True)
     return TaskSource("127.0.0.1:1", b"s" * 32), clients
 
 

@@ -186,7 +186,7 @@ def test_events_of_all_homes(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lines = [{"type": "phase", "phase": "merge"}, {"type": "result", "row": "x"}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curve = tmp_path / "toys" / "work" / "r1" / "metrics.jsonl"
+    curve = tmp_path / "toys" / "work" / "fits" / "r1" / "metrics.jsonl"
     curve.parent.mkdir(parents=True)
     curve.write_text('{"step": 1, "loss": 2.0}\n')
     run = type("Run", (), {"folder": tmp_path / "run"})
