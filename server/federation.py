@@ -27,9 +27,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.3
 RETRY_S = (2.0, 5.0, 15.0, 30.0)
 MAX_FAILURES = 5
-PATIENT_CODES = frozenset(
-    {"unreachable", "transport", "storage"}
-)  # not the domain's fault: ask until the deadline
+PATIENT_CODES = frozenset({"unreachable", "transport", "storage"})  # link or disk: ask until the deadline
 
 
 class GridLike(Protocol):

@@ -8,6 +8,7 @@ deployment could not do are looking into all homes at once, for the progress and
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from clients.data.domain import Domain
 from clients.home import ClientHome
 from clients.join import join
+from clients.training.slots import environment
 from common.config import RunConfig
 from common.errors import FederationError
 from common.kit import read_kit
@@ -32,8 +34,16 @@ READY_TIMEOUT_S = 90.0
 class OnOneMachine:
     """The homes and processes of one simulated federation under `folder`."""
 
-    def __init__(self, folder: Path, data: dict[str, Path], *, threads_per_domain: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: dict[str, Path],
+        *,
+        threads_per_domain: int = 1,
+        trainers_at_once: int | None = None,
+    ) -> None:
         self.folder = folder.resolve()
+        self._slots = trainers_at_once or max(1, (os.cpu_count() or 1) // threads_per_domain)
         self._data = data
         self._threads = threads_per_domain
 
@@ -67,7 +77,8 @@ class OnOneMachine:
             for domain in self._data:
                 if not first.stopping:
                     self._join(home, domain, base)
-            env = {"OMP_NUM_THREADS": str(self._threads), "OMP_WAIT_POLICY": "PASSIVE"}
+            slots = environment(self.folder / "launcher" / "slots", self._slots)
+            env = {"OMP_NUM_THREADS": str(self._threads), **slots}
             for domain in self._data:
                 argv = python_module("clients.cli", "up", "--home", str(self.client_path(domain)))
                 first.add(ProcessSpec(domain, argv, env))

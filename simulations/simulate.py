@@ -45,7 +45,9 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
     data = {source.name: prepare_source(config, source.name, out) for source in config.domain}
     setup_s = time.time() - started_s
 
-    machine = OnOneMachine(out, data, threads_per_domain=config.simulation.threads_per_domain)
+    machine = OnOneMachine(
+        out, data, **config.simulation.model_dump(include={"threads_per_domain", "trainers_at_once"})
+    )
     statuses = {name: machine.client_path(name) / "status.json" for name in data}
     progress = Progress(statuses, console)
     with progress.shown(), machine.running(config.base.model) as supervisor:

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from clients.training.job import DONE, INTERRUPTED, ORPHANED, REFUSED, UNEXPECTED, Job, read_job
+from clients.training.slots import turn
 from common.errors import IsthmusError
 from common.files import write_atomic
 from common.guard import check_imports
@@ -30,13 +31,14 @@ def main(arguments: list[str]) -> int:
         job = read_job(Path(arguments[0]))
         _end_with_parent()
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device a domain, never torch's DataParallel
-        from clients.training.perform import perform  # torch only from here on
-
         report: Report = (
             StatusFile(Path(job.status), domain=Path(job.domain).name) if job.status else NO_REPORT
         )
         report(phase="start")
-        perform(job, report)
+        with turn(report):
+            from clients.training.perform import perform  # torch only from here on
+
+            perform(job, report)
     except KeyboardInterrupt:
         return INTERRUPTED
     except IsthmusError as err:

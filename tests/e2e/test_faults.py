@@ -18,7 +18,7 @@ from shores import Federation, kill, read_json, run_config, until, write_toml
 DOMAINS = ("garden", "kitchen")
 ROWS = ("zero-shot", "fine-tuned", "task-arithmetic", "universal")
 ORDERS = 3  # contribute, evaluate, install
-LONG_TRAINING = {"max_steps": 400, "eval_every_steps": 200, "checkpoint_every_steps": 20, "warmup_steps": 10}
+LONG_TRAINING = {"max_steps": 240, "eval_every_steps": 120, "checkpoint_every_steps": 20, "warmup_steps": 10}
 ONE_MERGE = [{"method": "task-arithmetic"}]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -72,10 +72,10 @@ def orders_sent(federation: Federation, run: str) -> Counter[str]:
 def test_kill_of_runner_and_trainer_during_fine_tuning(federation: Federation) -> None:
     bring_up(federation)
     run = federation.start_run(run_config(federation.base, training=LONG_TRAINING, merge=ONE_MERGE))
-    until("garden to train", training_beyond(federation, "garden", 60))
+    until("garden to train", training_beyond(federation, "garden", 40))
     kill(federation.runner("garden"), *federation.trainers("garden"))
     reached = _newest_checkpoint(fit_folder(federation.home("garden")))
-    assert reached >= 60
+    assert reached >= 40
     before = federation.status("garden")["updated_s"]
     until("garden to train again", lambda: _trains_since(federation.status("garden"), before))
     assert federation.status("garden")["step"] > reached  # and not from the first step
@@ -183,7 +183,7 @@ def _learns_since(status: dict[str, Any], label: str, before_s: float) -> bool:
 def test_kill_of_a_supernode(federation: Federation) -> None:
     bring_up(federation)
     run = federation.start_run(run_config(federation.base, training=LONG_TRAINING, merge=ONE_MERGE))
-    until("garden to train", training_beyond(federation, "garden", 60))
+    until("garden to train", training_beyond(federation, "garden", 40))
     kill(*federation.alive("flower-supernode", under=federation.home("garden")))
     check_complete(federation, run)
     assert fit_result(federation.home("garden"))["resumed"] is False
