@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -160,6 +160,7 @@ class Supervisor:
         self._children = [_Child(spec) for spec in specs]
         self._usage = UsageTable(folder / "processes.json")
         self.stopping = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def log_path(self, name: str) -> Path:
         """Where the child called `name` writes what it prints."""
@@ -214,8 +215,15 @@ class Supervisor:
         def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
             self.stopping = True
 
-        signal.signal(signal.SIGINT, ask_to_stop)
-        signal.signal(signal.SIGTERM, ask_to_stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, ask_to_stop)
+            self._handlers.setdefault(number, before)
+
+    def restore_signal_handlers(self) -> None:
+        """Give SIGINT and SIGTERM back to whoever had them before `install_signal_handlers`."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
 
     def stop(self) -> None:
         """End every child, newest first; all get SIGTERM at once so that the waits overlap."""

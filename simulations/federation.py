@@ -85,6 +85,7 @@ class OnOneMachine:
             yield first
         finally:
             first.stop()
+            first.restore_signal_handlers()
 
     def _make_server(self) -> ServerHome:
         path = self.folder / "server"

@@ -179,3 +179,14 @@ def test_usage_is_kept_by_name(supervisor: Supervisor, tmp_path: Path) -> None:
         return int(table["calm"]["peak_memory_bytes"])
 
     eventually(lambda: peak_bytes() > 1 << 20)
+
+
+def test_signal_handlers_are_given_back(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    supervisor = Supervisor(tmp_path, [])
+    supervisor.install_signal_handlers()
+    supervisor.install_signal_handlers()
+    signal.raise_signal(signal.SIGTERM)
+    assert supervisor.stopping
+    supervisor.restore_signal_handlers()
+    assert {number: signal.getsignal(number) for number in before} == before
