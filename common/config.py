@@ -165,7 +165,7 @@ class RunConfig(Frozen):
         MergeMethod(method="mergerec", options={"granularity": "domain"}),
         MergeMethod(method="mergerec", options={"granularity": "layer"}),
     )
-    publish: str = Field("mergerec-layer", description="label of the merge that becomes the universal model")
+    publish: str = Field("task-arithmetic", description="label of the merge that becomes the universal model")
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
