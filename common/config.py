@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from common.errors import ConfigError
 
 EMBEDDED_BASE = "embedded"
+DEFAULT_PUBLISHED = "task-arithmetic"
 
 REFERENCE_LEARNING: dict[str, Any] = {
     "steps": 500,
@@ -165,7 +166,11 @@ class RunConfig(Frozen):
         MergeMethod(method="mergerec", options={"granularity": "domain"}),
         MergeMethod(method="mergerec", options={"granularity": "layer"}),
     )
-    publish: str = Field("task-arithmetic", description="label of the merge that becomes the universal model")
+    publish: str = Field(
+        "",
+        description="label of the merge that becomes the universal model; "
+        "empty: task-arithmetic if it is among them, else the last",
+    )
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -174,6 +179,11 @@ class RunConfig(Frozen):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"two [[merge]] entries are called {twice[0]!r}; give one a `name`")
+        if not labels:
+            raise ValueError("no [[merge]] entry; name at least one method")
+        if not self.publish:
+            chosen = DEFAULT_PUBLISHED if DEFAULT_PUBLISHED in labels else labels[-1]
+            object.__setattr__(self, "publish", chosen)  # resolved before anybody sees the frozen model
         if self.publish not in labels:
             raise ValueError(f"publish = {self.publish!r} names no [[merge]] entry; there are {labels}")
         return self

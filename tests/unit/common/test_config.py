@@ -92,3 +92,11 @@ def test_labels() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().publish = "ties"
+
+
+def test_what_is_published_is_resolved() -> None:
+    assert RunConfig().publish == "task-arithmetic"
+    only = validate({"merge": [{"method": "ties"}]}, RunConfig, where="here")
+    assert only.publish == "ties"
+    with pytest.raises(ConfigError, match="at least one method"):
+        validate({"merge": []}, RunConfig, where="here")
