@@ -34,8 +34,9 @@ def simulate_command(
 def demo_command(
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="seed of data and training")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="begin anew, also over an interrupted one")] = False,
 ) -> None:
     """A federation of four synthetic domains on this machine, from data to recommendations."""
     from simulations.demo import run_demo
 
-    run_demo(out, seed)
+    run_demo(out, seed, fresh=fresh)

@@ -18,7 +18,7 @@ from simulations.synthetic import write_domains
 EXAMPLE_ITEMS = 3
 
 
-def run_demo(out: Path, seed: int) -> None:
+def run_demo(out: Path, seed: int, *, fresh: bool = False) -> None:
     """Run the demo into `out`; a finished one there is replaced, an interrupted one is resumed."""
     console = Console(stderr=True)
     console.print("synthetic data: the figures say nothing about real shops", style="yellow")
@@ -35,7 +35,7 @@ def run_demo(out: Path, seed: int) -> None:
                 ),
             }
         )
-        report = run_simulation(config, out, fresh=(out / "summary.json").exists())
+        report = run_simulation(config, out, fresh=fresh or (out / "summary.json").exists())
     finally:
         shutil.rmtree(source, ignore_errors=True)
     _show_example(out, folders[0].name)
