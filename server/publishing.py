@@ -1,8 +1,8 @@
-"""The universal model as it leaves the server: a folder that others load without us, and a payload.
+"""The universal model as a folder that others load without us.
 
-The folder is in sentence-transformers layout with a model card (README.md) and `merge.json`, the same
-facts for machines. The payload for the owners holds only the tensors that changed, in full values (fp32),
-to be put in the place of the base's. Both state digests; neither holds anything about a user.
+It is in sentence-transformers layout with a model card (README.md) and `merge.json`, the same facts for
+machines. Both state digests; neither holds anything about a user. The owners get the merged vector as a
+parcel and compose the same model themselves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from common.config import EMBEDDED_BASE, RunConfig
 from common.files import fsync_folder, storage_errors, write_atomic
 from common.models.base import load_tensors, model_digest, save_model
-from common.vectors import TaskVector, apply, tensor_table
+from common.vectors import TaskVector, apply
 from server.merge import LEARNED_PAPERS, MergeResult
 from server.merging import methods
 
@@ -72,17 +71,6 @@ def publish(base_folder: Path, result: MergeResult, provenance: Provenance, out:
         fsync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     return record
-
-
-def universal_payload(base_folder: Path, vector: TaskVector, path: Path) -> list[dict[str, Any]]:
-    """Write the universal model's changed tensors (full values, fp32 safetensors) to `path`.
-
-    The receiver puts them in the place of its base's tensors of the same names. Equal input gives equal
-    bytes. Returns the tensor table for the parcel's header. Raises VectorError, StorageError.
-    """
-    tensors = {name: tensor.contiguous() for name, tensor in sorted(_changed(base_folder, vector).items())}
-    write_atomic(path, safetensors.torch.save(tensors))
-    return tensor_table(path)
 
 
 def _changed(base_folder: Path, vector: TaskVector) -> dict[str, torch.Tensor]:

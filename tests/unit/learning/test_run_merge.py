@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 
 from common.catalog import Catalog
 from common.config import LearningSection, MergeMethod, RunConfig
@@ -20,7 +19,7 @@ from common.models.encoder import Encoder
 from common.vectors import TaskVector
 from server.merge import MergeResult, check_method, known_methods, run_merge
 from server.merging import merge
-from server.publishing import Provenance, publish, universal_payload
+from server.publishing import Provenance, publish
 
 LAYER = MergeMethod(method="mergerec", options={"granularity": "layer"})
 
@@ -215,14 +214,3 @@ def test_publishing_replaces_whole_folders(case: Case, tmp_path: Path) -> None:
     with pytest.raises(VectorError, match=r"encoder\.layer\.0\.output\.dense\.weight"):
         publish(case.base, bad, provenance(), out)
     assert json.loads((out / "merge.json").read_text())["label"] == "weight-averaging"
-
-
-def test_payload_holds_the_changed_tensors_in_full(case: Case, tmp_path: Path) -> None:
-    vector = case.merge(MergeMethod(method="ties")).vector
-    table = universal_payload(case.base, vector, tmp_path / "a.safetensors")
-    universal_payload(case.base, dict(reversed(vector.items())), tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    payload, base = load_file(tmp_path / "a.safetensors"), load_tensors(case.base)
-    assert sorted(payload) == sorted(vector) == [row["name"] for row in table]
-    assert all(torch.equal(payload[name], base[name] + vector[name]) for name in vector)
-    assert {row["dtype"] for row in table} == {"F32"}
