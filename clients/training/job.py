@@ -96,7 +96,7 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
     write_atomic(path, job.model_dump_json(indent=1).encode())
     for kind in ("result", "error"):
         job.file(kind).unlink(missing_ok=True)
-    # one malloc arena: freeing in autograd's thread what the main thread took doubles memory otherwise
+    # one malloc arena: autograd's thread frees what the main thread took, which fragments several
     environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
     if job.threads:
         environment |= {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
