@@ -175,7 +175,7 @@ def merge_methods() -> str:
         for name, method in sorted(methods().items())
     ]
     learned = '`granularity` = `"layer"` or `"domain"`, `process` = `"none"` or ' + " or ".join(
-        f'`"{name}"` (its option: {_options(process.options)})'
+        f'`"{name}"` (its options: {_options(process.options)})'
         for name, process in sorted(processes().items())
     )
     rows += [

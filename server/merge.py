@@ -28,7 +28,8 @@ from server.digests import catalog_digest, json_digest, vector_digest
 from server.learning import LearnedMerge, learn
 from server.learning.coefficients import Granularity
 from server.learning.optimise import PLAIN, Objective
-from server.merging import Options, check_vectors, merge, methods, processes, unknown_name
+from server.merging import Options, methods, processes, unknown_name
+from server.tensors import check_vectors, merge_tensors
 
 SCHEMA_VERSION = 1
 VECTOR_FILE = "vector.safetensors"
@@ -111,7 +112,8 @@ def run_merge(
     """
     options = check_method(method)
     domains = sorted(taus)
-    check_vectors([taus[name] for name in domains], domains)
+    taus = {name: taus[name] for name in domains}
+    check_vectors(taus)
     learning = method.learning or config.learning
     folder = work / method.label
     inputs = _inputs(method, options, base_folder, taus, catalogs, config, learning)
@@ -127,7 +129,7 @@ def run_merge(
         vector, coefficients, seconds = learned.vector, learned.coefficients, learned.seconds
     else:
         report(phase=f"merge {method.label}", step=0, total=1)
-        vector = merge(method.method, [taus[name] for name in domains], options)
+        vector = merge_tensors(method.method, taus, options)
         seconds = time.monotonic() - started_s
         report(phase=f"merge {method.label}", step=1, total=1)
     write_vector(folder / VECTOR_FILE, vector, "fp32")

@@ -37,7 +37,8 @@ from server.learning.merged import MergedModel
 from server.learning.prepare import Inputs, PseudoDomain, check_catalogs, pseudo_domains
 from server.learning.state import LearningState, Trajectory
 from server.learning.teachers import DomainTexts, EmbeddingCache, encode
-from server.merging import check_vectors, process_vectors, processes
+from server.merging import PROCESS_INITIAL
+from server.tensors import check_vectors, split_tensors
 
 Objective = Literal["adamerging", "mergerec"]
 
@@ -81,7 +82,7 @@ def learn(
     ConfigError for bad input, ModelError when the loss stops being finite.
     """
     started_s = time.monotonic()
-    check_vectors([taus[name] for name in sorted(taus)], sorted(taus))
+    check_vectors(taus)
     check_catalogs(taus, catalogs)
     work.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,9 +119,10 @@ class _Run:
         cache: Path,
     ) -> None:
         self._inputs, self._objective, self._cache = inputs, objective, cache
-        plain = [inputs.taus[name] for name in inputs.domains]
-        vectors = plain if process == PLAIN else process_vectors(process, plain, process_options)
-        initial = PLAIN_INITIAL if process == PLAIN else processes()[process].initial
+        plain = {name: inputs.taus[name] for name in inputs.domains}
+        split = plain if process == PLAIN else split_tensors(process, plain, process_options)
+        vectors = list(split.values())
+        initial = PLAIN_INITIAL if process == PLAIN else PROCESS_INITIAL
         self._initial = inputs.learning.initial if inputs.learning.initial is not None else initial
         groups = group_tensors(vectors[0], granularity)
         self._merged = MergedModel(inputs.base, vectors, groups, inputs.device)

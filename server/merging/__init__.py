@@ -1,48 +1,81 @@
-"""Training-free merge methods: a registry, and one file a method.
+"""Training-free merge methods: a registry, and one file a method. numpy only; no torch.
 
-A method is a small typed function of N task vectors and its options that returns the merged task
-vector (add it to the base to get the merged model). Adding one means adding one file here:
+A method is a small typed function of N task vectors and its options that returns a *kernel*: a function
+from one block of the vectors (`tau_NX`: N vectors by X values) to the merged values of that block. What
+needs a look at whole vectors first (a threshold) takes it before it returns the kernel. So memory is a
+few blocks, whatever N and the model's size. Adding a method means adding one file here:
 
     @merge_method("median", paper="...", equation="tau = median_d tau_d")
-    def median(taus: Sequence[TaskVector], *, lambda_: Weight = 1.0) -> TaskVector: ...
+    def median(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
+        return lambda block: np.float32(lambda_) * np.median(block.tau_NX, axis=0)
 
 The keyword-only parameters are the options; their annotations say what is allowed, and a trailing
-underscore (for Python's own words) is not part of the option's name. Every call, by name or direct,
-checks options and vectors first: same tensor names and shapes, floating point, finite.
+underscore (for Python's own words) is not part of the option's name. The first paragraph of the docstring
+says what the method does, the rest what it costs and where it differs from other tools.
 
-A *process* changes the vectors one by one before coefficients are learned on them (TIES: trimmed, with
-conflicts removed); `initial` is the coefficient at which the processed vectors start.
+A method that is registered with `splits=True` returns `[N, X]` from its kernel: N processed vectors whose
+plain sum is the merge. Learned coefficients can then start from those vectors (at 1, the merge itself).
+`unit="tensor"` makes each block a whole tensor (for methods on rows or on a matrix: `block.matrices()`),
+`needs="grams"` gives the method the Gram matrices of each layer's inputs as its second argument.
 
-Modules whose name starts with an underscore are helpers. Vectors are on the CPU; results are fp32.
+Modules whose name starts with an underscore are helpers. Everything is computed in float32 unless a file
+says otherwise.
 
-    >>> sorted(methods())
-    ['task-arithmetic', 'ties', 'weight-averaging']
+    >>> one, two = {"w": np.ones(2, np.float32)}, {"w": np.zeros(2, np.float32)}
+    >>> merge("weight-averaging", InMemory({"a": one, "b": two}))["w"]
+    array([0.5, 0.5], dtype=float32)
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
-import torch
+import numpy as np
 from pydantic import ConfigDict, Field, create_model
 
 from common.config import Frozen, validate
-from common.errors import ConfigError, VectorError
-from common.vectors import TaskVector
+from common.errors import ConfigError
+from server.merging._vectors import Block, Floats, Grams, InMemory, Vectors
 
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = [
+    "PROCESS_INITIAL",
+    "Block",
+    "Density",
+    "Floats",
+    "Grams",
+    "InMemory",
+    "Kernel",
+    "Method",
+    "Options",
+    "Probability",
+    "Vectors",
+    "Weight",
+    "merge",
+    "merge_method",
+    "merged_blocks",
+    "methods",
+    "prepare",
+    "process_vectors",
+    "processes",
+    "unknown_name",
+]
+
+Kernel = Callable[[Block], Floats]
+Unit = Literal["block", "tensor"]
+Need = Literal["", "grams"]
 
 Density = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+PROCESS_INITIAL = 1.0  # processed vectors are summed as they are: learning starts at the merge itself
 
 
 class Options(Frozen):
@@ -53,65 +86,44 @@ class Options(Frozen):
 
 @dataclass(frozen=True)
 class Method:
-    """One registered training-free method."""
+    """One registered training-free method. `plan(vectors, [grams,] **options)` gives its kernel."""
 
     name: str
     paper: str
     equation: str
-    function: Callable[..., TaskVector]
+    plan: Callable[..., Kernel]
     options: type[Options]
+    unit: Unit
+    splits: bool
+    needs: Need
+
+    @property
+    def summary(self) -> str:
+        """The docstring of the method's function: what it does, needs and costs."""
+        return inspect.getdoc(self.plan) or ""
 
 
-@dataclass(frozen=True)
-class Process:
-    """One registered way to prepare vectors for learned coefficients, which start at `initial`."""
-
-    name: str
-    initial: float
-    function: Callable[..., list[TaskVector]]
-    options: type[Options]
-
+PlanT = typing.TypeVar("PlanT", bound=Callable[..., Kernel])
 
 _METHODS: dict[str, Method] = {}
-_PROCESSES: dict[str, Process] = {}
 
 
 def merge_method(
-    name: str, *, paper: str, equation: str
-) -> Callable[
-    [Callable[Concatenate[Sequence[TaskVector], P], TaskVector]],
-    Callable[Concatenate[Sequence[TaskVector], P], TaskVector],
-]:
+    name: str,
+    *,
+    paper: str,
+    equation: str,
+    unit: Unit = "block",
+    splits: bool = False,
+    needs: Need = "",
+) -> Callable[[PlanT], PlanT]:
     """Register the function as method `name`; `paper` and `equation` say what it computes."""
 
-    def register(
-        function: Callable[Concatenate[Sequence[TaskVector], P], TaskVector],
-    ) -> Callable[Concatenate[Sequence[TaskVector], P], TaskVector]:
+    def register(function: PlanT) -> PlanT:
         options = _options_model(name, function)
-        checked = _checked(name, function, options)
-        _refuse_twice(name, function, _METHODS.get(name))
-        _METHODS[name] = Method(name, paper, equation, checked, options)
-        return checked
-
-    return register
-
-
-def vector_process(
-    name: str, *, initial: float
-) -> Callable[
-    [Callable[Concatenate[Sequence[TaskVector], P], list[TaskVector]]],
-    Callable[Concatenate[Sequence[TaskVector], P], list[TaskVector]],
-]:
-    """Register the function as a process `name` of vectors for learned coefficients."""
-
-    def register(
-        function: Callable[Concatenate[Sequence[TaskVector], P], list[TaskVector]],
-    ) -> Callable[Concatenate[Sequence[TaskVector], P], list[TaskVector]]:
-        options = _options_model(name, function)
-        checked = _checked(name, function, options)
-        _refuse_twice(name, function, _PROCESSES.get(name))
-        _PROCESSES[name] = Process(name, initial, checked, options)
-        return checked
+        _refuse_twice(name, function)
+        _METHODS[name] = Method(name, paper, equation, function, options, unit, splits, needs)
+        return function
 
     return register
 
@@ -122,81 +134,89 @@ def methods() -> dict[str, Method]:
     return dict(_METHODS)
 
 
-def processes() -> dict[str, Process]:
-    """Every process of vectors by name, found in this package's files."""
-    _discover()
-    return dict(_PROCESSES)
+def processes() -> dict[str, Method]:
+    """The methods whose processed vectors learned coefficients can start from."""
+    return {name: method for name, method in methods().items() if method.splits}
 
 
-def merge(name: str, taus: Sequence[TaskVector], options: Mapping[str, Any] | None = None) -> TaskVector:
-    """Merge `taus` by the method `name`.
-
-    Raises ConfigError for an unknown method (with the nearest) or option, VectorError for bad vectors.
-    """
+def find(name: str) -> Method:
+    """The method called `name`. Raises ConfigError with the nearest known name."""
+    if name in _METHODS:
+        return _METHODS[name]
     known = methods()
     if name not in known:
         raise unknown_name("merge method", name, known)
-    return known[name].function(taus, **_as_arguments(known[name].function, dict(options or {})))
+    return known[name]
 
 
-def unknown_name(what: str, name: str, known: typing.Iterable[str]) -> ConfigError:
+def prepare(
+    method: Method, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
+) -> Kernel:
+    """The kernel of `method` for these vectors, its options checked.
+
+    Raises ConfigError for an unknown or impossible option, or where the method needs Gram matrices and
+    there are none; VectorError for vectors that cannot be merged.
+    """
+    checked = validate(dict(options or {}), method.options, where=f"merge method {method.name!r}")
+    arguments: list[Any] = [vectors]
+    if method.needs == "grams":
+        if grams is None:
+            raise ConfigError(
+                f"merge method {method.name!r} needs the catalogs of the domains",
+                next_step="name each model's catalog, or use a method that needs none",
+            )
+        arguments.append(grams)
+    return method.plan(*arguments, **_as_arguments(method.plan, checked.model_dump()))
+
+
+def merged_blocks(
+    name: str, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
+) -> Iterator[tuple[Block, Floats]]:
+    """Every block of `vectors` in order with its merged values [X]. Errors as `prepare`."""
+    method = find(name)
+    kernel = prepare(method, vectors, options, grams)
+    for block in vectors.blocks(method.unit):
+        result = kernel(block)
+        yield block, result.sum(0) if method.splits else result
+
+
+def merge(
+    name: str, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
+) -> dict[str, Floats]:
+    """The merged task vector in memory: add it to the base to get the merged model. Errors as `prepare`."""
+    merged = {tensor: np.empty(shape, np.float32) for tensor, shape in vectors.shapes.items()}
+    for block, values_X in merged_blocks(name, vectors, options, grams):
+        merged[block.name].reshape(-1)[block.start : block.stop] = values_X.reshape(-1)
+    return merged
+
+
+def process_vectors(
+    name: str, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
+) -> list[dict[str, Floats]]:
+    """The N processed vectors whose sum is `merge(name, ...)`, in the order of `vectors.labels`.
+
+    Raises ConfigError for a method that has none; else as `prepare`.
+    """
+    known = processes()
+    if name not in known:
+        raise unknown_name("vector process", name, known)
+    kernel = prepare(known[name], vectors, options, grams)
+    split: list[dict[str, Floats]] = [
+        {tensor: np.empty(shape, np.float32) for tensor, shape in vectors.shapes.items()}
+        for _ in vectors.labels
+    ]
+    for block in vectors.blocks(known[name].unit):
+        for vector, values_X in zip(split, kernel(block), strict=True):
+            vector[block.name].reshape(-1)[block.start : block.stop] = values_X.reshape(-1)
+    return split
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"unknown {what} {name!r}", next_step=hint)
-
-
-def check_vectors(taus: Sequence[TaskVector], labels: Sequence[str] | None = None) -> None:
-    """Refuse vectors that cannot be merged. Raises VectorError naming the vector and the tensor."""
-    if not taus:
-        raise VectorError("no task vectors to merge", next_step="give at least one domain's vector")
-    names = list(labels) if labels is not None else [f"{i + 1} of {len(taus)}" for i in range(len(taus))]
-    first = taus[0]
-    if not first:
-        raise VectorError(f"task vector {names[0]} has no tensors", next_step="send it again")
-    for label, tau in zip(names, taus, strict=True):
-        if different := sorted(first.keys() ^ tau.keys()):
-            side = "has no" if different[0] in first else "has an extra"
-            raise VectorError(
-                f"task vector {label} {side} tensor {different[0]!r}",
-                next_step="merge only vectors of the same base and the same trainable tensors",
-            )
-        for name, tensor in tau.items():
-            _check_tensor(label, name, tensor, first[name].shape)
-
-
-def _check_tensor(label: str, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise VectorError(
-            f"task vector {label}, tensor {name!r}: expected shape {list(shape)}, got {list(tensor.shape)}",
-            next_step="merge only vectors of the same base",
-        )
-    if not tensor.is_floating_point():
-        raise VectorError(
-            f"task vector {label}, tensor {name!r}: expected floating point, got {tensor.dtype}",
-            next_step="leave tensors that are not trained out of the vector",
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        raise VectorError(
-            f"task vector {label}, tensor {name!r}: holds NaN or infinite values",
-            next_step="ask the domain to fine-tune again; its training diverged",
-        )
-
-
-def _checked(
-    name: str, function: Callable[Concatenate[Sequence[TaskVector], P], R], options: type[Options]
-) -> Callable[Concatenate[Sequence[TaskVector], P], R]:
-    """The function behind a check of its options and its vectors."""
-
-    @functools.wraps(function)
-    def checked(taus: Sequence[TaskVector], *args: P.args, **kwargs: P.kwargs) -> R:
-        given = {key.removesuffix("_"): value for key, value in kwargs.items()}
-        validate(given, options, where=f"merge method {name!r}")
-        check_vectors(taus)
-        return function(taus, *args, **kwargs)
-
-    return typing.cast("Callable[Concatenate[Sequence[TaskVector], P], R]", checked)
 
 
 def _options_model(name: str, function: Callable[..., object]) -> type[Options]:
@@ -217,20 +237,11 @@ def _as_arguments(function: Callable[..., object], options: dict[str, Any]) -> d
     return {f"{key}_" if f"{key}_" in parameters else key: value for key, value in options.items()}
 
 
-def process_vectors(
-    name: str, taus: Sequence[TaskVector], options: Mapping[str, Any] | None = None
-) -> list[TaskVector]:
-    """Prepare `taus` by the process `name`. Errors as `merge`."""
-    known = processes()
-    if name not in known:
-        raise unknown_name("vector process", name, known)
-    return known[name].function(taus, **_as_arguments(known[name].function, dict(options or {})))
-
-
-def _refuse_twice(name: str, function: Callable[..., object], old: Method | Process | None) -> None:
-    if old is not None and inspect.getmodule(old.function) is not inspect.getmodule(function):
+def _refuse_twice(name: str, function: Callable[..., object]) -> None:
+    old = _METHODS.get(name)
+    if old is not None and old.plan.__module__ != function.__module__:
         raise ConfigError(
-            f"two files register {name!r}: {old.function.__module__} and {function.__module__}",
+            f"two files register {name!r}: {old.plan.__module__} and {function.__module__}",
             next_step="give one of them another name",
         )
 

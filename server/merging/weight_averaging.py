@@ -1,18 +1,17 @@
-"""Weight Averaging: the mean of the fine-tuned models.
+"""Weight Averaging: the mean of the task vectors.
 
-Wortsman et al., "Model soups", ICML 2022: `theta = mean_d theta_d = theta_0 + mean_d tau_d`.
+Wortsman et al., "Model soups", ICML 2022, eq. 1: `theta = mean_d theta_d = theta_0 + mean_d tau_d`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from common.vectors import TaskVector
-from server.merging import merge_method
-from server.merging._arithmetic import weighted_sum
+from server.merging import Kernel, Vectors, merge_method
 
 
-@merge_method("weight-averaging", paper="Wortsman et al., ICML 2022", equation="tau = mean_d tau_d")
-def weight_averaging(taus: Sequence[TaskVector]) -> TaskVector:
-    """The mean of the vectors; no options. Raises VectorError for vectors that do not fit together."""
-    return weighted_sum(taus, [1.0 / len(taus)] * len(taus))
+@merge_method("weight-averaging", paper="Wortsman et al., ICML 2022, eq. 1", equation="tau = mean_d tau_d")
+def weight_averaging(vectors: Vectors) -> Kernel:
+    """The mean of the vectors; needs nothing else. One pass over the files."""
+    share_N = np.full(len(vectors.labels), 1 / len(vectors.labels), np.float32)
+    return lambda block: share_N @ block.tau_NX

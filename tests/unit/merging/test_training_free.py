@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 import server.merging
 from common.errors import ConfigError, VectorError
 from common.vectors import TaskVector
-from server.merging import merge, methods, process_vectors, processes
-from server.merging.task_arithmetic import task_arithmetic
-from server.merging.ties import ties
-from server.merging.weight_averaging import weight_averaging
+from server.merging import PROCESS_INITIAL, Kernel, Vectors, methods, processes
+from server.tensors import merge_tensors, split_tensors
 
 SHAPES = {"encoder.layer.0.weight": (5, 3), "encoder.layer.1.weight": (4,), "norm.weight": (2, 2)}
 
@@ -30,6 +28,26 @@ def vectors(count: int, seed: int = 0, scale: float = 0.01) -> list[TaskVector]:
         {name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()}
         for _ in range(count)
     ]
+
+
+def named(taus: list[TaskVector]) -> dict[str, TaskVector]:
+    return {f"d{index}": tau for index, tau in enumerate(taus)}
+
+
+def merge(name: str, taus: list[TaskVector], options: dict[str, object] | None = None) -> TaskVector:
+    return merge_tensors(name, named(taus), options)
+
+
+def weight_averaging(taus: list[TaskVector]) -> TaskVector:
+    return merge("weight-averaging", taus)
+
+
+def task_arithmetic(taus: list[TaskVector], *, lambda_: float = 0.3) -> TaskVector:
+    return merge("task-arithmetic", taus, {"lambda": lambda_})
+
+
+def ties(taus: list[TaskVector], *, density: float = 0.2, lambda_: float = 1.0) -> TaskVector:
+    return merge("ties", taus, {"density": density, "lambda": lambda_})
 
 
 def flat(tau: TaskVector) -> np.ndarray:
@@ -88,9 +106,9 @@ def test_ties_conflict_of_equal_weight_elects_nothing() -> None:
 def test_ties_process_sums_to_the_ties_merge_and_keeps_its_inputs() -> None:
     taus = vectors(3)
     before = [flat(tau).copy() for tau in taus]
-    shares = process_vectors("ties", taus, {"density": 0.4})
-    assert_close(task_arithmetic(shares, lambda_=1.0), flat(ties(taus, density=0.4)))
-    assert processes()["ties"].initial == 1.0
+    shares = list(split_tensors("ties", named(taus), {"density": 0.4}).values())
+    assert_close(task_arithmetic(shares, lambda_=PROCESS_INITIAL), flat(ties(taus, density=0.4)))
+    assert "ties" in processes()
     for tau, old in zip(taus, before, strict=True):
         assert np.array_equal(flat(tau), old)
 
@@ -160,7 +178,7 @@ def test_bad_options_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="unknown key"):
         merge("weight-averaging", taus, {"lambda": 1.0})
     with pytest.raises(ConfigError, match="did you mean 'ties'"):
-        process_vectors("tie", taus)
+        split_tensors("tie", named(taus))
 
 
 def test_bad_vectors_are_refused_by_name() -> None:
@@ -168,8 +186,8 @@ def test_bad_vectors_are_refused_by_name() -> None:
     bad: list[tuple[list[TaskVector], str]] = [
         ([], "no task vectors"),
         ([{}], "has no tensors"),
-        ([good, {**other, "extra": torch.ones(1)}], "2 of 2 has an extra tensor 'extra'"),
-        ([good, {"norm.weight": torch.ones(2, 2)}], "2 of 2 has no tensor 'encoder.layer.0.weight'"),
+        ([good, {**other, "extra": torch.ones(1)}], "d1 has an extra tensor 'extra'"),
+        ([good, {"norm.weight": torch.ones(2, 2)}], "d1 has no tensor 'encoder.layer.0.weight'"),
         (
             [good, {**other, "norm.weight": torch.ones(4)}],
             r"'norm.weight': expected shape \[2, 2\], got \[4\]",
@@ -185,12 +203,10 @@ def test_bad_vectors_are_refused_by_name() -> None:
 
 def test_adding_a_file_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "largest_change.py").write_text(
-        "from collections.abc import Sequence\n"
-        "from common.vectors import TaskVector\n"
-        "from server.merging import Weight, merge_method\n\n"
+        "from server.merging import Kernel, Vectors, Weight, merge_method\n\n"
         "@merge_method('largest-change', paper='none', equation='tau = lambda max_d tau_d')\n"
-        "def largest(taus: Sequence[TaskVector], *, lambda_: Weight = 1.0) -> TaskVector:\n"
-        "    return {name: lambda_ * max(tau[name] for tau in taus) for name in taus[0]}\n"
+        "def largest(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:\n"
+        "    return lambda block: lambda_ * block.tau_NX.max(0)\n"
     )
     monkeypatch.setattr(server.merging, "__path__", [*server.merging.__path__, str(tmp_path)])
     monkeypatch.setattr(server.merging, "_METHODS", dict(methods()))
@@ -202,8 +218,8 @@ def test_adding_a_file_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_files_cannot_take_one_name() -> None:
-    def other(taus: list[TaskVector]) -> TaskVector:
-        return taus[0]
+    def other(vectors: Vectors) -> Kernel:
+        return lambda block: block.tau_NX[0]
 
     with pytest.raises(ConfigError, match="two files register 'ties'"):
         server.merging.merge_method("ties", paper="", equation="")(other)

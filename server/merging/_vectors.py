@@ -1,0 +1,160 @@
+"""What merge methods read: N task vectors over the same tensors, block by block.
+
+`Vectors` is the one interface; `InMemory` holds arrays (the federation's admitted vectors), and
+`server.engine.folders` streams them from model folders. Every block that a source gives out has been
+checked: floating point, finite. Blocks have fixed borders (`BLOCK_VALUES` from the start of each tensor),
+so what is drawn for a block from a seed does not depend on who reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import VectorError
+
+Floats = npt.NDArray[np.float32]
+BLOCK_VALUES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values `start` to `stop` of the flattened tensor `name` of every vector: `tau_NX` [N, X] float32.
+
+    A kernel may write to `tau_NX`; the source does not read it again.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tau_NX: Floats
+    labels: Sequence[str]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tau_NX.shape[1]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the block is a whole tensor of two axes, neither of them 1."""
+        return len(self.shape) == 2 and min(self.shape) > 1 and self.tau_NX.shape[1] == math.prod(self.shape)
+
+    def matrices(self) -> Floats:
+        """The block of a whole two-axis tensor as [N, R, C] (rows by columns: outputs by inputs)."""
+        return self.tau_NX.reshape(-1, *self.shape)
+
+    def random(self, seed: int, vector: int) -> np.random.Generator:
+        """A generator for this block of this vector: it depends on seed, label, tensor and place alone."""
+        key = f"{self.labels[vector]}\0{self.name}".encode()
+        return np.random.Generator(np.random.SFC64([seed, self.start, *key]))
+
+
+class Vectors(Protocol):
+    """N task vectors `tau_d = theta_d - theta_0` of the same tensors and shapes."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """What the vectors are called, in the order of axis N."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, in the order in which blocks come."""
+
+    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+        """Every value of every vector once: in blocks of `BLOCK_VALUES`, or tensor by tensor.
+
+        A block's memory may be used again for the next one. Raises VectorError naming vector and tensor
+        where a value is not finite.
+        """
+
+    def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
+        """Every value of one vector once, as (tensor, slice of it [X]) in blocks of `BLOCK_VALUES`."""
+
+
+class Grams(Protocol):
+    """`G_d = sum_x x x^T` of the inputs `x` of linear layers, from pseudo-users (see `server.learning.grams`)."""
+
+    def get(self, tensor: str) -> npt.NDArray[np.float64] | None:
+        """[N, C, C] for the weight `tensor` [R, C], normalised to a mean over rows; None for any other."""
+
+
+class InMemory:
+    """Vectors in memory: label -> tensor -> values; any float dtype that numpy knows."""
+
+    def __init__(self, vectors: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
+        check_alike({label: {n: (t.shape, t.dtype.name) for n, t in v.items()} for label, v in vectors.items()})
+        self._vectors = [dict(vector) for vector in vectors.values()]
+        self._labels = list(vectors)
+        self._shapes = {name: tuple(self._vectors[0][name].shape) for name in sorted(self._vectors[0])}
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._labels
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+        for name, shape in self._shapes.items():
+            flat = [vector[name].reshape(-1) for vector in self._vectors]
+            size = math.prod(shape)
+            step = max(1, size) if unit == "tensor" else BLOCK_VALUES
+            for start in range(0, size, step):
+                tau_NX = np.stack([values[start : start + step] for values in flat]).astype(np.float32)
+                block = Block(name, shape, start, tau_NX, self._labels)
+                check_finite(block)
+                yield block
+
+    def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
+        for name in self._shapes:
+            flat = self._vectors[vector][name].reshape(-1)
+            for start in range(0, len(flat), BLOCK_VALUES):
+                yield name, flat[start : start + BLOCK_VALUES].astype(np.float32)
+
+
+def check_alike(tables: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]) -> None:
+    """Refuse vectors (label -> tensor -> shape, dtype) that cannot be merged with each other.
+
+    Raises VectorError naming the vector and the tensor that is missing, extra, misshapen or not a float.
+    """
+    if not tables:
+        raise VectorError("no task vectors to merge", next_step="give at least one")
+    first_label, first = next(iter(tables.items()))
+    if not first:
+        raise VectorError(f"task vector {first_label} has no tensors", next_step="send it again")
+    for label, table in tables.items():
+        if different := sorted(first.keys() ^ table.keys()):
+            side = "has no" if different[0] in first else "has an extra"
+            raise VectorError(
+                f"task vector {label} {side} tensor {different[0]!r}",
+                next_step="merge only vectors of the same base and the same trainable tensors",
+            )
+        for name, (shape, dtype) in table.items():
+            if shape != first[name][0]:
+                raise VectorError(
+                    f"task vector {label}, tensor {name!r}: expected shape {list(first[name][0])}, "
+                    f"got {list(shape)}",
+                    next_step="merge only vectors of the same base",
+                )
+            if "float" not in dtype:
+                raise VectorError(
+                    f"task vector {label}, tensor {name!r}: expected floating point, got {dtype}",
+                    next_step="leave tensors that are not trained out of the vector",
+                )
+
+
+def check_finite(block: Block) -> None:
+    """Raise VectorError where a value of the block is NaN or infinite."""
+    for label, tau_X in zip(block.labels, block.tau_NX, strict=True):
+        # a sum of squares is finite nearly always, and costs a fraction of looking at each value
+        if not math.isfinite(float(np.dot(tau_X, tau_X))) and not bool(np.isfinite(tau_X).all()):
+            raise VectorError(
+                f"task vector {label}, tensor {block.name!r}: holds NaN or infinite values",
+                next_step="ask the domain to fine-tune again; its training diverged",
+            )
