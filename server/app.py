@@ -44,11 +44,13 @@ def main(grid: Grid, context: Context) -> None:
             try:
                 execute(grid, home, run)
             except StoppedError:
+                home.store.close_run(run.spec.run_id)
                 run.set_state(STOPPED, reason="stopped by the operator")
             except (StorageError, LedgerError, TransportError):
                 raise  # the run stays open: it goes on once the disk or the link is back
             except IsthmusError as err:
                 log.exception("the run failed")
+                home.store.close_run(run.spec.run_id)
                 run.set_state(FAILED, reason=str(err))
             return
     log.warning("%s is being worked on by another process", run.spec.run_id)

@@ -13,13 +13,29 @@ from common.flower import RUN_KEY
 from server import app as server_app
 from server.federation import StoppedError
 from server.runs import DONE, FAILED, PENDING, STOPPED, Run, Runs
+from server.store import OpenRun, ParcelStore
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def store(tmp_path: Path) -> ParcelStore:
+    return ParcelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def run(tmp_path: Path, store: ParcelStore, monkeypatch: pytest.MonkeyPatch) -> Run:
     runs = Runs(tmp_path / "runs")
     made = runs.create(RunConfig(), base_digest="b" * 64, tensors={}, members=("toys",))
-    home = SimpleNamespace(runs=runs)
+    store.open_run(
+        OpenRun(
+            run=made.spec.run_id,
+            base_digest="b" * 64,
+            domains=frozenset({"toys"}),
+            tensors={},
+            rounds=3,
+            metrics=frozenset(),
+        )
+    )
+    home = SimpleNamespace(runs=runs, store=store)
     monkeypatch.setattr(server_app, "ServerHome", SimpleNamespace(from_environment=lambda: home))
     monkeypatch.setattr(server_app, "time", SimpleNamespace(sleep=lambda _s: None))
     return made
@@ -52,22 +68,30 @@ def execute_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException | None)
         (VectorError("toys: layer.weight: NaN"), FAILED),
     ],
 )
-def test_what_trying_again_cannot_mend_ends_the_run(
-    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+def test_what_trying_again_cannot_mend_ends_the_run_and_admits_nothing_more(
+    run: Run, store: ParcelStore, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
 ) -> None:
     execute_raises(monkeypatch, error)
     start(run)
+    opened = store.run(run.spec.run_id)
+    assert opened is not None
+    assert opened.closed
     assert run.state["state"] == state
     assert run.state["reason"]
 
 
 @pytest.mark.parametrize("error", [StorageError("full"), TransportError("cut"), KeyError("a bug")])
-def test_the_rest_leaves_it_open(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_the_rest_leaves_it_open(
+    run: Run, store: ParcelStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     execute_raises(monkeypatch, error)
     with pytest.raises(type(error)):
         start(run)
     assert run.state["state"] == PENDING
     assert not run.is_worked_on
+    opened = store.run(run.spec.run_id)
+    assert opened is not None
+    assert not opened.closed
 
 
 def test_a_run_that_is_over_or_worked_on_is_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
