@@ -25,7 +25,7 @@ from common.guard import check_imports
 from common.orders import REFUSED
 
 log = logging.getLogger(__name__)
-POLL_S = 0.2
+POLL_S = 0.5
 RETRY_S = 2.0
 
 

@@ -30,6 +30,7 @@ from common.errors import FederationError
 PR_SET_PDEATHSIG = 1
 MAX_PAUSE_S = 20.0
 STOP_PATIENCE_S = 8.0
+MEASURE_EVERY_S = 2.0  # each look reads every process of the machine
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Supervisor:
         self._neutral = folder / "empty"
         self._children = [_Child(spec) for spec in specs]
         self._usage = UsageTable(folder / "processes.json")
+        self._measure_at_s = 0.0
         self.stopping = False
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -180,7 +182,10 @@ class Supervisor:
         self._launch(child)
 
     def poll(self) -> None:
-        """Restart what died, sample memory. Call it about once a second."""
+        """Restart what died, sample memory now and then. Call it about once a second."""
+        measuring = time.monotonic() >= self._measure_at_s
+        if measuring:
+            self._measure_at_s = time.monotonic() + MEASURE_EVERY_S
         for child in self._children:
             process = child.process
             if process is None:
@@ -188,7 +193,8 @@ class Supervisor:
                     self._launch(child)
                 continue
             if process.poll() is None:
-                self._usage.sample(child.spec.name, process.pid)
+                if measuring:
+                    self._usage.sample(child.spec.name, process.pid)
                 continue
             _signal_group(process.pid, signal.SIGKILL)  # whatever the dead leader left behind
             if not child.spec.restart:
@@ -197,7 +203,8 @@ class Supervisor:
             child.restarts = 0 if lived_s > 120 else child.restarts + 1
             child.resume_at_s = time.monotonic() + min(MAX_PAUSE_S, 0.5 * 2.0**child.restarts)
             child.process = None
-        self._usage.write()
+        if measuring:
+            self._usage.write()
 
     def run(self) -> None:
         """Poll until SIGINT or SIGTERM, then end everything."""

@@ -24,7 +24,7 @@ from server.runs import Run
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.3
+POLL_S = 1.0
 RETRY_S = (2.0, 5.0, 15.0, 30.0)
 MAX_FAILURES = 5
 PATIENT_CODES = frozenset({"unreachable", "transport", "storage"})  # link or disk: ask until the deadline

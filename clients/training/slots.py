@@ -18,7 +18,7 @@ from common.errors import ConfigError
 from common.progress import Report
 
 VARIABLE = "ISTHMUS_TRAINER_SLOTS"
-POLL_S = 0.3
+POLL_S = 1.0
 
 
 def environment(folder: Path, slots: int) -> dict[str, str]:
