@@ -14,7 +14,7 @@ from server.merging import Floats, Grams, InMemory
 
 
 def check_vectors(taus: Mapping[str, TaskVector]) -> None:
-    """Refuse vectors (domain -> vector) that cannot be merged. Raises VectorError naming domain and tensor."""
+    """Refuse vectors (domain -> vector) that cannot be merged. Raises VectorError with both names."""
     for _ in in_memory(taus).blocks():
         pass
 
@@ -41,7 +41,7 @@ def split_tensors(
     options: Mapping[str, Any] | None = None,
     grams: Grams | None = None,
 ) -> dict[str, TaskVector]:
-    """Each domain's processed vector, fp32 on the CPU; their sum is the merge. Raises as `process_vectors`."""
+    """Each domain's processed vector, fp32 on the CPU; the merge is their sum. Raises as above."""
     split = merging.process_vectors(name, in_memory(taus), options, grams)
     return {domain: _as_tensors(vector) for domain, vector in zip(taus, split, strict=True)}
 
@@ -54,5 +54,3 @@ def _as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
 
 def _as_tensors(vector: Mapping[str, Floats]) -> TaskVector:
     return {name: torch.from_numpy(values) for name, values in vector.items()}
-
-

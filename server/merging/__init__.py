@@ -28,25 +28,38 @@ says otherwise.
 
 from __future__ import annotations
 
-import difflib
+import functools
 import importlib
+import importlib.util
 import inspect
-import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, create_model
 
-from common.config import Frozen, validate
 from common.errors import ConfigError
+from server.merging._options import (
+    Bounds,
+    Density,
+    Probability,
+    Weight,
+    as_arguments,
+    options_base,
+    options_model,
+    resolve,
+)
 from server.merging._vectors import Block, Floats, Grams, InMemory, Vectors
+
+if TYPE_CHECKING:
+    from common.config import Frozen
+    from common.config import Frozen as Options
 
 __all__ = [
     "PROCESS_INITIAL",
     "Block",
+    "Bounds",
     "Density",
     "Floats",
     "Grams",
@@ -71,17 +84,7 @@ Kernel = Callable[[Block], Floats]
 Unit = Literal["block", "tensor"]
 Need = Literal["", "grams"]
 
-Density = Annotated[float, Field(gt=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
-
 PROCESS_INITIAL = 1.0  # processed vectors are summed as they are: learning starts at the merge itself
-
-
-class Options(Frozen):
-    """Options of one method, made from its function's keyword-only parameters; no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,6 @@ class Method:
     paper: str
     equation: str
     plan: Callable[..., Kernel]
-    options: type[Options]
     unit: Unit
     splits: bool
     needs: Need
@@ -101,6 +103,15 @@ class Method:
     def summary(self) -> str:
         """The docstring of the method's function: what it does, needs and costs."""
         return inspect.getdoc(self.plan) or ""
+
+    @functools.cached_property
+    def options(self) -> type[Frozen]:
+        """A strict pydantic model of the options."""
+        return options_model(self.name, self.plan)
+
+    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option with its value, checked. Raises ConfigError with the nearest known key."""
+        return resolve(self.name, self.plan, options)
 
 
 PlanT = typing.TypeVar("PlanT", bound=Callable[..., Kernel])
@@ -120,9 +131,8 @@ def merge_method(
     """Register the function as method `name`; `paper` and `equation` say what it computes."""
 
     def register(function: PlanT) -> PlanT:
-        options = _options_model(name, function)
         _refuse_twice(name, function)
-        _METHODS[name] = Method(name, paper, equation, function, options, unit, splits, needs)
+        _METHODS[name] = Method(name, paper, equation, function, unit, splits, needs)
         return function
 
     return register
@@ -141,6 +151,10 @@ def processes() -> dict[str, Method]:
 
 def find(name: str) -> Method:
     """The method called `name`. Raises ConfigError with the nearest known name."""
+    file = f"{__name__}.{name.replace('-', '_')}"
+    is_file = file.rpartition(".")[2].isidentifier() and not name.startswith("_") and "." not in name
+    if name not in _METHODS and is_file and importlib.util.find_spec(file):
+        importlib.import_module(file)  # a method mostly lives in the file of its name: leave the others
     if name in _METHODS:
         return _METHODS[name]
     known = methods()
@@ -157,7 +171,7 @@ def prepare(
     Raises ConfigError for an unknown or impossible option, or where the method needs Gram matrices and
     there are none; VectorError for vectors that cannot be merged.
     """
-    checked = validate(dict(options or {}), method.options, where=f"merge method {method.name!r}")
+    checked = method.resolve(options or {})
     arguments: list[Any] = [vectors]
     if method.needs == "grams":
         if grams is None:
@@ -166,7 +180,7 @@ def prepare(
                 next_step="name each model's catalog, or use a method that needs none",
             )
         arguments.append(grams)
-    return method.plan(*arguments, **_as_arguments(method.plan, checked.model_dump()))
+    return method.plan(*arguments, **as_arguments(method.plan, checked))
 
 
 def merged_blocks(
@@ -213,28 +227,12 @@ def process_vectors(
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest known one."""
+    import difflib
+
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"unknown {what} {name!r}", next_step=hint)
-
-
-def _options_model(name: str, function: Callable[..., object]) -> type[Options]:
-    """A strict model of the keyword-only parameters of `function`; each must have a default."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {
-        key.removesuffix("_"): (hints[key], parameter.default)
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    model: type[Options] = create_model(f"{name} options", __base__=Options, **fields)
-    return model
-
-
-def _as_arguments(function: Callable[..., object], options: dict[str, Any]) -> dict[str, Any]:
-    """Option names as the function's parameters spell them (`lambda` becomes `lambda_`)."""
-    parameters = inspect.signature(function).parameters
-    return {f"{key}_" if f"{key}_" in parameters else key: value for key, value in options.items()}
 
 
 def _refuse_twice(name: str, function: Callable[..., object]) -> None:
@@ -248,6 +246,15 @@ def _refuse_twice(name: str, function: Callable[..., object]) -> None:
 
 def _discover() -> None:
     """Import every method file of this package (again cheap: Python keeps what it has imported)."""
+    import pkgutil
+
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"{__name__}.{module.name}")
+
+
+def __getattr__(attribute: str) -> Any:
+    """`Options`, the base of every model of options, is made when it is asked for (see `_options`)."""
+    if attribute == "Options":
+        return options_base()
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

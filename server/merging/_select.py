@@ -1,14 +1,15 @@
 """The k-th largest magnitude of a whole vector, exactly, without holding the vector.
 
-One pass over a vector takes a sample and so a narrow bracket around the threshold; a second counts what
-lies above the bracket and keeps what lies in it, of which the answer is one. Should the bracket miss, it
-is widened and read again. Memory is the bracket's values: a few percent of the vector.
+A sample gives a narrow bracket around the threshold; a pass over the vector counts what lies above the
+bracket and keeps what lies in it, of which the answer is one. Should the bracket miss, it is widened and
+read again. Memory is the bracket's values: about a percent of the vector, a few where it is small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,22 +19,106 @@ SAMPLE = 1 << 16
 Read = Callable[[], Iterator[Floats]]
 
 
+@runtime_checkable
+class Sampled(Protocol):
+    """Vectors that can give a sample of themselves without a whole pass."""
+
+    def sample(self) -> Floats | None:
+        """Values of every vector in runs of neighbours at even distances, [N, runs, values]; or None."""
+
+
 def largest(vectors: Vectors, density: float) -> Floats:
-    """For each vector the smallest magnitude among its `round(density * P)` largest (at least one): [N]."""
+    """For each vector the smallest magnitude among its `round(density * P)` largest (at least one): [N].
+
+    All vectors in one pass, after a sample of them. Raises VectorError as the source does.
+    """
     total = sum(math.prod(shape) for shape in vectors.shapes.values())
     keep = min(total, max(1, round(density * total)))
+    sample_NM, margin_N = _samples(vectors, total, (total - keep) / total)
+    place = (total - keep) / total * sample_NM.shape[1]
+    threshold_N = np.empty(len(sample_NM), np.float32)
+    left = list(range(len(sample_NM)))
+    while left:
+        bracket = {n: _bracket(sample_NM[n], place, margin_N[n]) for n in left}
+        above, inside = _between(vectors, bracket)
+        for n in list(left):
+            rank = keep - above[n]  # among those inside, counted from the largest
+            if 1 <= rank <= len(inside[n]):
+                threshold_N[n] = np.partition(inside[n], len(inside[n]) - rank)[len(inside[n]) - rank]
+                left.remove(n)
+            elif bracket[n][0] < 0 and bracket[n][1] == np.inf:  # NaN, from a source that does not refuse it
+                threshold_N[n] = np.nan
+                left.remove(n)
+            margin_N[n] *= 4
+    return threshold_N
 
-    def reader(vector: int) -> Read:
-        return lambda: (values_X for _, values_X in vectors.values(vector))
 
-    return np.array([kth_largest(reader(n), total, keep) for n in range(len(vectors.labels))], np.float32)
+def _bracket(sample: Floats, place: float, margin: float) -> tuple[np.float32, np.float32]:
+    """Magnitudes between which that of `place` in the sorted sample lies, in all likelihood."""
+    low = sample[int(place - margin)] if place - margin >= 0 else np.float32(-1)
+    high = sample[int(place + margin)] if place + margin < len(sample) else np.float32(np.inf)
+    return low, high
+
+
+def _between(
+    vectors: Vectors, bracket: Mapping[int, tuple[np.float32, np.float32]]
+) -> tuple[dict[int, int], dict[int, Floats]]:
+    """For each vector how many magnitudes lie above its bracket, and those within it."""
+    above = dict.fromkeys(bracket, 0)
+    kept: dict[int, list[Floats]] = {n: [] for n in bracket}
+    over_X, within_X = np.empty(0, np.bool_), np.empty(0, np.bool_)
+    for block in vectors.blocks():
+        width = block.tau_NX.shape[1]
+        if len(over_X) < width:
+            over_X, within_X = np.empty(width, np.bool_), np.empty(width, np.bool_)
+        for n, (low, high) in bracket.items():
+            magnitude_X = np.abs(block.tau_NX[n], out=block.tau_NX[n])
+            np.greater(magnitude_X, high, out=over_X[:width])
+            np.greater_equal(magnitude_X, low, out=within_X[:width])
+            above[n] += int(np.count_nonzero(over_X[:width]))
+            np.not_equal(over_X[:width], within_X[:width], out=within_X[:width])
+            kept[n].append(magnitude_X[within_X[:width]])
+    return above, {n: np.concatenate(parts) for n, parts in kept.items()}
+
+
+def _samples(vectors: Vectors, total: int, share: float) -> tuple[Floats, list[float]]:
+    """Sorted magnitudes of a sample of each vector [N, M], and how many places its `share` may be off."""
+    runs_NRX = vectors.sample() if isinstance(vectors, Sampled) else None
+    if runs_NRX is None:
+        sample_NM = _strided(vectors, total)
+        sample_NM.sort(1)
+        return sample_NM, [_margin(sample_NM.shape[1])] * len(sample_NM)
+    np.abs(runs_NRX, out=runs_NRX)
+    sample_NM = np.sort(runs_NRX.reshape(len(runs_NRX), -1), 1)
+    margins = []
+    for magnitude_RX, sample_M in zip(runs_NRX, sample_NM, strict=True):
+        # runs at even distances: their error shows in how much each differs from the next
+        above_R = (magnitude_RX > sample_M[int(share * (len(sample_M) - 1))]).mean(1)
+        error = math.sqrt(float(np.square(np.diff(above_R)).sum()) / 2) / len(above_R)
+        margins.append(6 * error * len(sample_M) + 8)
+    return sample_NM, margins
+
+
+def _strided(vectors: Vectors, total: int) -> Floats:
+    """About `SAMPLE` magnitudes of every vector at even distances [N, M], by a whole pass."""
+    stride = max(1, total // SAMPLE)
+    picked, offset = [], 0
+    for block in vectors.blocks():
+        picked.append(np.abs(block.tau_NX[:, offset::stride]))
+        offset = (offset - block.tau_NX.shape[1]) % stride
+    return np.concatenate(picked, 1)
+
+
+def _margin(count: int) -> float:
+    """Eight standard errors of a share, at most a half, of `count` draws; in places."""
+    return 8 * math.sqrt(count) / 2 + 8
 
 
 def kth_largest(read: Read, total: int, k: int) -> np.float32:
     """The k-th largest magnitude (k from 1) of the `total` values that `read()` gives."""
     sample = _sample(read, total)
     place = (total - k) / total * len(sample)  # where the answer would be in the sorted sample
-    margin = 8 * math.sqrt(len(sample)) / 2 + 8
+    margin = _margin(len(sample))
     while True:
         low = sample[int(place - margin)] if place - margin >= 0 else np.float32(-1)
         high = sample[int(place + margin)] if place + margin < len(sample) else np.float32(np.inf)
@@ -47,6 +132,8 @@ def kth_largest(read: Read, total: int, k: int) -> np.float32:
         rank = k - above  # among those inside, counted from the largest
         if 1 <= rank <= len(inside):
             return np.float32(np.partition(inside, len(inside) - rank)[len(inside) - rank])
+        if low < 0 and high == np.inf:
+            return np.float32(np.nan)  # some values are NaN: whoever reads the blocks refuses them by name
         margin *= 4
 
 

@@ -8,8 +8,9 @@ so what is drawn for a block from a seed does not depend on who reads it.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from common.errors import VectorError
 
 Floats = npt.NDArray[np.float32]
+Solve = Callable[[npt.NDArray[np.float64], Floats], Floats]
 BLOCK_VALUES = 1 << 16
 
 
@@ -37,7 +39,7 @@ class Block:
 
     @property
     def stop(self) -> int:
-        return self.start + self.tau_NX.shape[1]
+        return self.start + int(self.tau_NX.shape[1])
 
     @property
     def is_matrix(self) -> bool:
@@ -50,8 +52,9 @@ class Block:
 
     def random(self, seed: int, vector: int) -> np.random.Generator:
         """A generator for this block of this vector: it depends on seed, label, tensor and place alone."""
-        key = f"{self.labels[vector]}\0{self.name}".encode()
-        return np.random.Generator(np.random.SFC64([seed, self.start, *key]))
+        key = f"{seed}\0{self.start}\0{self.labels[vector]}\0{self.name}".encode()
+        words = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u4")
+        return np.random.Generator(np.random.SFC64(words))
 
 
 class Vectors(Protocol):
@@ -77,17 +80,28 @@ class Vectors(Protocol):
 
 
 class Grams(Protocol):
-    """`G_d = sum_x x x^T` of the inputs `x` of linear layers, from pseudo-users (see `server.learning.grams`)."""
+    """`G_d = sum_x x x^T` of the inputs `x` of linear layers (pseudo-users': `server.learning.grams`)."""
 
     def get(self, tensor: str) -> npt.NDArray[np.float64] | None:
-        """[N, C, C] for the weight `tensor` [R, C], normalised to a mean over rows; None for any other."""
+        """[N, C, C] for the weight `tensor` [R, C], normalised to a mean over rows; None for any other.
+
+        The inputs are those in each domain's own model.
+        """
+
+    def merge_in_order(self, solve: Solve) -> Mapping[str, Floats]:
+        """`solve(gram_NCC, tau_NRC)` of every linear weight, front to back; its results [R, C] by name.
+
+        The inputs of each layer are what the merged layers before it make of each domain's pseudo-users.
+        """
 
 
 class InMemory:
     """Vectors in memory: label -> tensor -> values; any float dtype that numpy knows."""
 
     def __init__(self, vectors: Mapping[str, Mapping[str, npt.NDArray[Any]]]) -> None:
-        check_alike({label: {n: (t.shape, t.dtype.name) for n, t in v.items()} for label, v in vectors.items()})
+        check_alike(
+            {label: {n: (t.shape, t.dtype.name) for n, t in v.items()} for label, v in vectors.items()}
+        )
         self._vectors = [dict(vector) for vector in vectors.values()]
         self._labels = list(vectors)
         self._shapes = {name: tuple(self._vectors[0][name].shape) for name in sorted(self._vectors[0])}

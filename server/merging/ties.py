@@ -7,6 +7,9 @@ Yadav et al., "TIES-Merging", NeurIPS 2023, algorithm 1:
 2. elect: at each position the sign of the sum of the survivors; a sum of zero elects nothing.
 3. disjoint mean: the mean over the survivors that have the elected sign; times `lambda`.
 
+Other tools: mergekit and peft cut `density` times the size off to a whole number where we round, and elect
+plus where the sum is zero, so of +1 and -1 they keep +1.
+
 The processed vectors are each vector's agreeing survivors divided by their number at that position.
 """
 
@@ -30,11 +33,12 @@ def ties(vectors: Vectors, *, density: Density = 0.2, lambda_: Weight = 1.0) -> 
 
     Needs nothing else. Three passes over the files: two find each vector's threshold.
     """
-    threshold_N1 = largest(vectors, density)[:, None]
+    threshold_N = largest(vectors, density)
 
     def kernel(block: Block) -> Floats:
         tau_NX = block.tau_NX
-        tau_NX *= np.abs(tau_NX) >= threshold_N1
+        for tau_X, threshold in zip(tau_NX, threshold_N, strict=True):
+            tau_X *= np.abs(tau_X) >= threshold
         return agreeing_mean(tau_NX, lambda_)
 
     return kernel

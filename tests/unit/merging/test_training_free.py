@@ -19,7 +19,7 @@ from server.tensors import merge_tensors, split_tensors
 SHAPES = {"encoder.layer.0.weight": (5, 3), "encoder.layer.1.weight": (4,), "norm.weight": (2, 2)}
 
 
-NAMES = ["weight-averaging", "task-arithmetic", "ties"]
+DATA_FREE = [name for name, method in methods().items() if not method.needs]
 
 
 def vectors(count: int, seed: int = 0, scale: float = 0.01) -> list[TaskVector]:
@@ -121,16 +121,16 @@ def test_bf16_vectors_merge_in_fp32() -> None:
     assert_close(merged, np.mean([flat(tau) for tau in short], axis=0))
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.integers(0, 10_000),
-    st.sampled_from(NAMES),
-)
-def test_order_of_domains_does_not_matter(count: int, seed: int, method: str) -> None:
-    taus = vectors(count, seed)
-    order = np.random.default_rng(seed).permutation(count)
-    assert_close(merge(method, [taus[i] for i in order]), flat(merge(method, taus)))
+@pytest.mark.parametrize("method", DATA_FREE)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 10_000))
+def test_order_of_domains_does_not_matter(method: str, count: int, seed: int) -> None:
+    """Up to float32 rounding of the largest entry: sums are taken in another order, and may cancel."""
+    taus = named(vectors(count, seed))
+    again = {label: taus[label] for label in np.random.default_rng(seed).permutation(list(taus))}
+    expected = flat(merge_tensors(method, taus))
+    rounding = 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(flat(merge_tensors(method, again)), expected, rtol=1e-6, atol=rounding)
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,11 +144,12 @@ def test_identical_vectors(count: int, seed: int) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(0, 10_000), st.floats(0.01, 100))
+@given(st.integers(1, 4), st.integers(0, 10_000), st.sampled_from([2.0**-6, 0.5, 4.0, 64.0]))
 def test_scaling_all_vectors_scales_the_merge(count: int, seed: int, scale: float) -> None:
+    """By powers of two, so that float32 does not round: matrices may be ill-conditioned."""
     taus = vectors(count, seed)
     scaled = [{name: tensor * scale for name, tensor in tau.items()} for tau in taus]
-    for method in methods():
+    for method in DATA_FREE:
         np.testing.assert_allclose(
             flat(merge(method, scaled)), scale * flat(merge(method, taus)), rtol=1e-4, atol=1e-7 * scale
         )
@@ -156,7 +157,7 @@ def test_scaling_all_vectors_scales_the_merge(count: int, seed: int, scale: floa
 
 def test_zero_vectors_and_zero_coefficients_change_nothing() -> None:
     zero = [{name: torch.zeros(shape) for name, shape in SHAPES.items()}] * 3
-    for method in methods():
+    for method in DATA_FREE:
         assert not flat(merge(method, zero)).any()
     assert not flat(task_arithmetic(vectors(3), lambda_=0.0)).any()
     assert not flat(ties(vectors(3), lambda_=0.0)).any()
@@ -170,6 +171,8 @@ def test_bad_options_are_refused_with_the_nearest_name() -> None:
         merge("ties", taus, {"desnity": 0.2})
     with pytest.raises(ConfigError, match="did you mean 'task-arithmetic'"):
         merge("task-arithmetics", taus)
+    with pytest.raises(ConfigError, match="unknown key 'lambda_'"):
+        merge("task-arithmetic", taus, {"lambda_": 5.0})
     for options in ({"density": 0.0}, {"density": 1.5}, {"density": "0.2"}, {"lambda": float("nan")}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             merge("ties", taus, options)
@@ -196,7 +199,7 @@ def test_bad_vectors_are_refused_by_name() -> None:
         ([good, {**other, "norm.weight": torch.full((2, 2), float("nan"))}], "NaN or infinite"),
     ]
     for taus, message in bad:
-        for method in methods():
+        for method in DATA_FREE:
             with pytest.raises(VectorError, match=message):
                 merge(method, taus)
 
