@@ -96,10 +96,15 @@ def trainable_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
         entry.name: entry.shape
         for entry in sorted(read_entries(folder), key=lambda entry: entry.name)
         if entry.dtype in FLOAT_DTYPES
-        and not _TABLE.search(entry.name)
+        and not is_table(entry.name)
         and not _POOLER.search(entry.name)
         and not (entry.shape and entry.shape[0] == vocabulary)
     }
+
+
+def is_table(name: str) -> bool:
+    """Whether the tensor is an embedding table by its name (a row for each token, position or type)."""
+    return _TABLE.search(name) is not None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
