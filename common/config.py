@@ -32,6 +32,10 @@ REFERENCE_LEARNING: dict[str, Any] = {
     "item_embeddings": "stale",
     "mask_seen": False,
     "history_length": 1,
+    "target": "own",
+    "initial_search": False,
+    "holdout": 0.0,
+    "vectors": "fp32",
 }
 
 
@@ -94,7 +98,7 @@ class TrainingSection(Frozen):
 
 
 class LearningSection(Frozen):
-    """Learned merging coefficients on pseudo-users (METHODS: the three switches are keys here).
+    """Learned merging coefficients on pseudo-users; each way in which the literature differs is a key.
 
     `preset = "reference"` fills every key that is not given with the authors' value; a dump of the
     section holds the resolved values, so it reads back as the same section.
@@ -104,16 +108,30 @@ class LearningSection(Frozen):
     steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
-    initial: float | None = Field(None, description="None: 0.2 on plain vectors, 1.0 on TIES-processed ones")
+    initial: float | None = Field(None, description="None: 0.2 on plain vectors, 1.0 on processed ones")
+    initial_search: bool = Field(
+        False, description="begin at the common coefficient of the lowest held-back loss"
+    )
     temperature: float = Field(0.05, gt=0)
     distillation_weight: float = Field(1000.0, ge=0, description="alpha of MergeRec")
+    target: Literal["own", "ensemble"] = "own"
+    candidates: int = Field(
+        50, ge=1, description="the teacher's best items that ranking-distillation compares"
+    )
+    random_negatives: int = Field(50, ge=0, description="further items that ranking-distillation compares")
     item_embeddings: Literal["stale", "refreshed"] = "refreshed"
     refresh_every_steps: int = Field(100, ge=1)
     mask_seen: bool = True
     history_length: int = Field(1, ge=1, description="1: one-item histories; n: rolled out to 1..n items")
     rollout_top_k: int = Field(20, ge=1, description="a rolled-out item is drawn from the teacher's best k")
     rollout_temperature: float = Field(0.05, gt=0)
+    holdout: float = Field(0.1, ge=0, le=0.5, description="share of each catalog that is never learned from")
+    holdout_users: int = Field(64, ge=1, description="held-back pseudo-users of a domain, at most")
+    holdout_items: int = Field(500, ge=2, description="items of a domain that they rank, at most")
+    evaluate_every_steps: int = Field(100, ge=1)
+    patience: int = Field(2, ge=1, description="evaluations without a lower held-back loss before it stops")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    vectors: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +139,12 @@ class LearningSection(Frozen):
         if isinstance(data, dict) and data.get("preset") == "reference":
             return {**REFERENCE_LEARNING, **data}
         return data
+
+    @model_validator(mode="after")
+    def _check_search(self) -> LearningSection:
+        if self.initial_search and not self.holdout:
+            raise ValueError("initial_search needs held-back pseudo-users; set holdout above 0")
+        return self
 
 
 class MergeMethod(Frozen):

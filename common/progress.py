@@ -36,6 +36,23 @@ def NO_REPORT(  # noqa: N802 - a constant that happens to be callable
     """Ignore what is reported."""
 
 
+def prefixed(report: Report, prefix: str, main: str = "learn") -> Report:
+    """The same report with `prefix` before the name of each phase, and in the place of phase `main`."""
+
+    def with_prefix(
+        *,
+        phase: str,
+        step: int = 0,
+        total: int = 0,
+        loss: float | None = None,
+        bytes_sent: int | None = None,
+    ) -> None:
+        name = prefix if phase == main else f"{prefix}: {phase}"
+        report(phase=name, step=step, total=total, loss=loss, bytes_sent=bytes_sent)
+
+    return with_prefix
+
+
 class StatusFile:
     """A `Report` that keeps `path` up to date; `extra` fields (domain, run) are written along."""
 

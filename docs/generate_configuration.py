@@ -24,6 +24,8 @@ from pydantic.fields import FieldInfo
 from clients.home import ClientConfig
 from common.config import REFERENCE_LEARNING, RunConfig
 from server.home import ServerConfig
+from server.learning.options import AUTO, AutoOptions, default_candidates
+from server.merge import LEARNED_PAPERS
 from server.merging import methods, processes
 from simulations.config import SimulationConfig
 
@@ -58,13 +60,21 @@ RUN_MEANINGS = {
     "learning.initial": "Coefficient to start from.",
     "learning.temperature": "Of the softmax over items, for student and teacher.",
     "learning.distillation_weight": "Weight of the distillation loss.",
+    "learning.target": "Whose scores are distilled: those of the domain's own teacher, or the average of all "
+    "teachers' (`ensemble`: every teacher encodes every catalog).",
     "learning.item_embeddings": "Whether the merged model's item embeddings are encoded once, or again.",
     "learning.refresh_every_steps": "Steps between two encodings when `item_embeddings` is `refreshed`.",
     "learning.mask_seen": "Leave the pseudo-user's own items out of student and teacher scores.",
     "learning.history_length": "Items in a pseudo-user's history.",
     "learning.rollout_top_k": "Only with `history_length` above 1.",
     "learning.rollout_temperature": "Only with `history_length` above 1: how evenly it is drawn.",
+    "learning.holdout": "Held-back pseudo-users say which coefficients were the best, and when to stop; with "
+    "0 the last ones are taken.",
+    "learning.holdout_items": "A random part of the catalog is enough to compare coefficients.",
+    "learning.evaluate_every_steps": "Steps between two looks at the held-back loss.",
+    "learning.patience": "Early stopping.",
     "learning.precision": "`auto` is bf16 where the hardware has it.",
+    "learning.vectors": "How vectors are kept while coefficients are learned; `bf16` halves their memory.",
     "merge[].method": "Name of the method, see below.",
     "merge[].name": "Label in tables, and what `publish` refers to; empty: method, then granularity.",
     "merge[].options": "Options of the method, see below.",
@@ -128,6 +138,14 @@ Two environment variables name home directories, so that `--home` may be left ou
 `ISTHMUS_SERVER_HOME` (default `~/.isthmus/server`) and `ISTHMUS_CLIENT_HOME` (default `~/.isthmus/client`).
 """
 
+AUTO_TEXT = """
+`auto` merges by every one of its `candidates` (methods and their options, separated by commas; empty:
+`{candidates}`), scores each on the held-back pseudo-users, and takes the best average among those that are
+in no domain more than `margin` below the best. The score is NDCG@10 of the merge's ranking against the 10
+items that the teachers like best: the average of all teachers (`target = "ensemble"`) or the domain's own
+(`"own"`). It is a proxy: no user is seen, agreement with the teachers is what is measured, and a merge that
+is better than they are can only lose by it. `facts` in `merge.json` has the table and the reason."""
+
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key of `model` by its dotted name; `[]` marks a list of tables."""
@@ -174,13 +192,19 @@ def merge_methods() -> str:
         f"| `{name}` | {_options(method.options)} | {method.paper} |"
         for name, method in sorted(methods().items())
     ]
-    learned = '`granularity` = `"layer"` or `"domain"`, `process` = `"none"` or ' + " or ".join(
-        f'`"{name}"` (its options: {_options(process.options)})'
-        for name, process in sorted(processes().items())
+    processed = ", ".join(f'`"{name}"`' for name in sorted(processes()))
+    learned = (
+        '`granularity` = `"layer"`, `"domain"` or `"tensor"`; `process` = `"none"`, or a method whose '
+        f"processed vectors are learned on, with its options beside it: {processed}"
     )
     rows += [
-        f"| `adamerging` | {learned} | Yang et al., ICLR 2024 |",
-        "| `mergerec` | as `adamerging` | MergeRec |",
+        f"| `adamerging` | {learned} | {LEARNED_PAPERS['adamerging']} |",
+        *(
+            f"| `{name}` | as `adamerging` | {paper} |"
+            for name, paper in LEARNED_PAPERS.items()
+            if name not in ("adamerging", AUTO)
+        ),
+        f"| `{AUTO}` | {_options(AutoOptions)} | {LEARNED_PAPERS[AUTO]} |",
     ]
     return "| `method` | options with defaults | source |\n|---|---|---|\n" + "\n".join(rows)
 
@@ -201,6 +225,7 @@ def render() -> str:
             "training-free methods, and `adamerging` and `mergerec` with either granularity. The entry that",
             "`publish` names by its label becomes the universal model.\n",
             merge_methods(),
+            AUTO_TEXT.format(candidates=default_candidates()),
             '\n### `preset = "reference"`\n',
             "Fills these values in `[learning]`, as the reference implementation has them:\n",
             f"```toml\n[learning]\n{reference}\n```",

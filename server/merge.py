@@ -1,7 +1,8 @@
-"""One entry point for every merge of a run: training-free or learned, journaled so that it is done once.
+"""One entry point for every merge of a run, training-free, learned or chosen; journaled, so it is done once.
 
 `run_merge` leaves `work/<label>/` with the merged vector, `merge.json` (method, options, digests of
-all inputs, coefficients, seconds) and, for a learned method, its state and trajectory. Called again with
+all inputs, coefficients, seconds) and, for a learned method, its state and trajectory; for "auto" the merges
+it chose among are in `candidates/`, and `facts` of `merge.json` says why. Called again with
 the same inputs it reads the result; with other inputs it merges anew; after a kill during learning it
 goes on. Domains are taken in the order of their names, so the result does not depend on who came first.
 """
@@ -11,35 +12,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import create_model
+from typing import Any
 
 from common.catalog import Catalog
 from common.config import LearningSection, MergeMethod, RunConfig, validate
 from common.errors import ConfigError, IsthmusError
 from common.files import sha256_file, write_atomic
 from common.models.base import model_digest
-from common.progress import NO_REPORT, Report
+from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
 from server.digests import catalog_digest, json_digest, vector_digest
 from server.learning import LearnedMerge, learn
-from server.learning.coefficients import Granularity
-from server.learning.optimise import PLAIN, Objective
-from server.merging import Options, methods, processes, unknown_name
+from server.learning.choose import Judge, pick
+from server.learning.grams import GRAM_ITEMS, LayerGrams, gram_matrices
+from server.learning.losses import LOSSES
+from server.learning.options import AUTO, AUTO_PAPER, check_learned, parse_candidates
+from server.learning.prepare import load_inputs
+from server.merging import methods, unknown_name
 from server.tensors import check_vectors, merge_tensors
 
 SCHEMA_VERSION = 1
 VECTOR_FILE = "vector.safetensors"
 JOURNAL_FILE = "merge.json"
 
-OBJECTIVES: dict[str, Objective] = {"adamerging": "adamerging", "mergerec": "mergerec"}
-LEARNED_PAPERS = {
-    "adamerging": "Yang et al., ICLR 2024 (entropy of pseudo-users' scores)",
-    "mergerec": "MergeRec: L_rec + alpha L_KD on pseudo-users",
-}
+LEARNED_PAPERS = {**{name: loss.paper for name, loss in LOSSES.items()}, AUTO: AUTO_PAPER}
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,18 @@ class MergeResult:
     trajectory_path: Path | None
     inputs: dict[str, Any]  # digests and settings that the result follows from
     resumed: bool  # read from the journal, not merged again
+    facts: dict[str, Any] = field(default_factory=dict)  # how learning went, or why `auto` chose what it did
 
 
 def known_methods() -> list[str]:
     """Names that a `[[merge]]` entry may have."""
-    return sorted([*methods(), *OBJECTIVES])
+    return sorted([*methods(), *LEARNED_PAPERS])
 
 
 def check_method(method: MergeMethod) -> dict[str, Any]:
     """The method's options, checked and complete. Raises ConfigError with the nearest known name.
 
-    For a learned method: `granularity` ("domain" or "layer"), `process` ("none", "ties", ...) and the
+    For a learned method: `granularity` ("domain", "layer", "tensor"), `process` ("none", "ties", ...) and the
     options of that process. Nothing is computed, so a run can be checked before it starts.
     """
     where = f"merge {method.label!r} options"
@@ -74,26 +73,12 @@ def check_method(method: MergeMethod) -> dict[str, Any]:
         if method.learning is not None:
             raise ConfigError(
                 f"merge {method.label!r}: {method.method} learns nothing, but has a learning section",
-                next_step=f"remove it, or use one of {', '.join(OBJECTIVES)}",
+                next_step=f"remove it, or use one of {', '.join(LEARNED_PAPERS)}",
             )
         return validate(method.options, methods()[method.method].options, where=where).model_dump(mode="json")
-    if method.method not in OBJECTIVES:
+    if method.method not in LEARNED_PAPERS:
         raise unknown_name("merge method", method.method, known_methods())
-    process = method.options.get("process", PLAIN)
-    options = _learned_options(str(process))
-    return validate(method.options, options, where=where).model_dump(mode="json")
-
-
-def _learned_options(process: str) -> type[Options]:
-    fields: dict[str, Any] = {
-        "granularity": (Granularity, "layer"),
-        "process": (Literal[PLAIN, *sorted(processes())], PLAIN),
-    }
-    if process in processes():
-        for name, field in processes()[process].options.model_fields.items():
-            fields[name] = (field.annotation, field)
-    model: type[Options] = create_model("learned merge options", __base__=Options, **fields)
-    return model
+    return check_learned(method, where, check_method)
 
 
 def run_merge(
@@ -104,11 +89,14 @@ def run_merge(
     config: RunConfig,
     work: Path,
     report: Report = NO_REPORT,
+    cache: Path | None = None,
 ) -> MergeResult:
     """Merge `taus` (domain -> vector) by `method`, or read what `work/<label>/` already has.
 
-    Catalogs are needed by learned methods only. Raises ConfigError (method, options), VectorError
-    (naming domain and tensor), DataError (catalog), ModelError (base, divergence), StorageError.
+    `cache` (default `work/embeddings`) keeps embeddings that several merges of a run read.
+    Catalogs are needed by learned methods and by those that need Gram matrices. Raises ConfigError
+    (method, options), VectorError (naming domain and tensor), DataError (catalog), ModelError (base,
+    divergence), StorageError.
     """
     options = check_method(method)
     domains = sorted(taus)
@@ -124,12 +112,19 @@ def run_merge(
     folder.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     coefficients: dict[str, dict[str, float]] = {}
-    if method.method in OBJECTIVES:
-        learned = _learn(method, options, base_folder, taus, catalogs, config, folder, work, report)
+    facts: dict[str, Any] = {}
+    cache = cache or work / "embeddings"
+    if method.method in LOSSES:
+        learned = _learn(method, options, base_folder, taus, catalogs, config, folder, cache, report)
         vector, coefficients, seconds = learned.vector, learned.coefficients, learned.seconds
+        facts = learned.facts
+    elif method.method == AUTO:
+        chosen, facts = _choose(method, options, base_folder, taus, catalogs, config, folder, cache, report)
+        vector, coefficients, seconds = chosen.vector, chosen.coefficients, time.monotonic() - started_s
     else:
         report(phase=f"merge {method.label}", step=0, total=1)
-        vector = merge_tensors(method.method, taus, options)
+        grams = _grams(method, base_folder, taus, catalogs, config, report)
+        vector = merge_tensors(method.method, taus, options, grams)
         seconds = time.monotonic() - started_s
         report(phase=f"merge {method.label}", step=1, total=1)
     write_vector(folder / VECTOR_FILE, vector, "fp32")
@@ -140,12 +135,32 @@ def run_merge(
         "options": options,
         "domains": domains,
         "coefficients": coefficients,
+        "facts": facts,
         "seconds": round(seconds, 3),
         "vector_sha256": sha256_file(folder / VECTOR_FILE),
         "inputs": inputs,
     }
     write_atomic(folder / JOURNAL_FILE, json.dumps(record, indent=2).encode("ascii"))
     return _result(record, vector, folder, resumed=False)
+
+
+def _needs_grams(method: MergeMethod) -> bool:
+    return method.method in methods() and methods()[method.method].needs == "grams"
+
+
+def _grams(
+    method: MergeMethod,
+    base_folder: Path,
+    taus: Mapping[str, TaskVector],
+    catalogs: Mapping[str, Catalog],
+    config: RunConfig,
+    report: Report,
+) -> LayerGrams | None:
+    """What the method needs of the catalogs; computed while it merges, layer by layer."""
+    if not _needs_grams(method):
+        return None
+    report = prefixed(report, f"merge {method.label}")
+    return gram_matrices(base_folder, taus, catalogs, config.text, seed=config.run.seed, report=report)
 
 
 def _learn(
@@ -156,7 +171,7 @@ def _learn(
     catalogs: Mapping[str, Catalog],
     config: RunConfig,
     folder: Path,
-    work: Path,
+    cache: Path,
     report: Report,
 ) -> LearnedMerge:
     extra = {key: value for key, value in options.items() if key not in ("granularity", "process")}
@@ -164,35 +179,45 @@ def _learn(
         base_folder,
         taus,
         catalogs,
-        objective=OBJECTIVES[method.method],
+        objective=method.method,
         granularity=options["granularity"],
         learning=method.learning or config.learning,
         text=config.text,
         work=folder,
         seed=config.run.seed,
-        report=_prefixed(report, f"merge {method.label}"),
+        report=prefixed(report, f"merge {method.label}"),
         pooling=config.base.pooling,
         process=options["process"],
         process_options=extra,
-        cache=work / "embeddings",
+        cache=cache,
     )
 
 
-def _prefixed(report: Report, prefix: str) -> Report:
-    """The same report with the merge's label before each phase but the main one."""
+def _choose(
+    method: MergeMethod,
+    options: dict[str, Any],
+    base_folder: Path,
+    taus: Mapping[str, TaskVector],
+    catalogs: Mapping[str, Catalog],
+    config: RunConfig,
+    folder: Path,
+    cache: Path,
+    report: Report,
+) -> tuple[MergeResult, dict[str, Any]]:
+    """Merge by every candidate, score each, and return the chosen one with the reasons."""
+    learning, text, report = method.learning or config.learning, config.text, prefixed(report, method.label)
+    seed, pooling = config.run.seed, config.base.pooling
+    inputs = load_inputs(base_folder, taus, catalogs, learning, text, seed=seed, pooling=pooling)
+    judge = Judge(inputs, options["target"], cache, report)
+    config = config.model_copy(update={"learning": learning})
 
-    def prefixed(
-        *,
-        phase: str,
-        step: int = 0,
-        total: int = 0,
-        loss: float | None = None,
-        bytes_sent: int | None = None,
-    ) -> None:
-        name = prefix if phase == "learn" else f"{prefix}: {phase}"
-        report(phase=name, step=step, total=total, loss=loss, bytes_sent=bytes_sent)
+    def merge(candidate: MergeMethod) -> MergeResult:
+        return run_merge(candidate, base_folder, taus, catalogs, config, folder / "candidates", report, cache)
 
-    return prefixed
+    candidates = parse_candidates(options["candidates"])
+    scores = {label: judge.score(merge(candidate).vector) for label, candidate in candidates.items()}
+    choice = pick(scores, options["margin"])
+    return merge(candidates[choice["chosen"]]), choice
 
 
 def _inputs(
@@ -209,18 +234,20 @@ def _inputs(
         "base_model": model_digest(base_folder),
         "vectors": {name: vector_digest(taus[name]) for name in sorted(taus)},
     }
-    if method.method in OBJECTIVES:
+    if method.method in LEARNED_PAPERS or _needs_grams(method):
         inputs |= {
             "catalogs": {
                 name: catalog_digest(catalogs[name], config.text.attributes)
                 for name in sorted(taus)
                 if name in catalogs
             },
-            "learning": learning.model_dump(mode="json"),
             "text": config.text.model_dump(mode="json"),
-            "pooling": config.base.pooling,
             "seed": config.run.seed,
         }
+    if method.method in LEARNED_PAPERS:
+        inputs |= {"learning": learning.model_dump(mode="json"), "pooling": config.base.pooling}
+    elif _needs_grams(method):
+        inputs |= {"items_per_domain": GRAM_ITEMS}
     key = {"schema": SCHEMA_VERSION, "method": method.method, "options": options, **inputs}
     return {**inputs, "digest": json_digest(key)}
 
@@ -249,7 +276,8 @@ def _result(record: dict[str, Any], vector: TaskVector, folder: Path, *, resumed
         vector=vector,
         coefficients=record["coefficients"],
         seconds=record["seconds"],
-        trajectory_path=trajectory if record["method"] in OBJECTIVES else None,
+        trajectory_path=trajectory if record["method"] in LOSSES else None,
         inputs=record["inputs"],
         resumed=resumed,
+        facts=record.get("facts", {}),
     )

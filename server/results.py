@@ -90,6 +90,7 @@ def summarise(
                 "method": result.method,
                 "coefficients": result.coefficients,
                 "seconds": round(result.seconds, 2),
+                "facts": result.facts,
                 "trajectory": _relative(result.trajectory_path, run.folder),
             }
             for result in merged

@@ -1,4 +1,4 @@
-"""Which tensors share a coefficient: one group for all (domain-wise), or one for each layer (layer-wise).
+"""Which tensors share a coefficient: all of them (domain-wise), those of a layer, or none (tensor-wise).
 
 Layer-wise, the transformer layers are told by their names (`encoder.layer.3.output.dense.weight`,
 `h.3.`, `layers.3.`), and all the rest - embeddings, their norm, pooler - is one further group, last.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import ModelError
 
-Granularity = Literal["domain", "layer"]
+Granularity = Literal["domain", "layer", "tensor"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.(\d+)\.")
 
@@ -33,6 +33,8 @@ def group_tensors(names: Iterable[str], granularity: Granularity) -> dict[str, l
     ordered = sorted(names)
     if granularity == "domain":
         return {"all": ordered}
+    if granularity == "tensor":
+        return {name: [name] for name in ordered}
     layers: dict[int, list[str]] = {}
     rest: list[str] = []
     for name in ordered:
@@ -44,7 +46,7 @@ def group_tensors(names: Iterable[str], granularity: Granularity) -> dict[str, l
     if not layers:
         raise ModelError(
             "no tensor is named after a transformer layer, so there is nothing to merge layer-wise",
-            next_step='use granularity = "domain" for this base model',
+            next_step='use granularity = "domain" or "tensor" for this base model',
         )
     groups = {f"layer-{layer}": layers[layer] for layer in sorted(layers)}
     return {**groups, "rest": rest} if rest else groups

@@ -3,12 +3,14 @@
 `theta_g = theta_0,g + sum_d lambda_{g,d} tau_{d,g}` for every group g is computed once a step into flat
 buffers (one matrix-vector product a group). The model runs on leaf views of them, one backward gives
 `dL/dtheta`, and by the chain rule `dL/dlambda_{g,d} = <dL/dtheta_g, tau_{d,g}>`: another matrix-vector
-product. Each step reads the vectors twice and keeps nothing of size N x P in the graph.
+product. Each step reads the vectors twice and keeps nothing of size N x P in the graph. Vectors may be kept
+in bf16, which halves their memory: they are widened chunk by chunk, and all arithmetic stays in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +18,18 @@ from torch import Tensor
 from common.errors import VectorError
 from common.vectors import TaskVector
 
+CPU_CHUNK = 1 << 16  # values of each bf16 vector that are widened at once: they stay in the cache
+CUDA_CHUNK = 1 << 22
+
 
 class MergedModel:
     """`params` maps tensor names to leaf tensors of the merged model; `set_coefficients` refills them.
 
     base: tensors of the base model by name, at least those of the vectors (fp32, any device).
     taus: D task vectors. groups: group label -> its tensors (see `coefficients`).
-    Memory: (D + 2) times the size of one vector, in fp32, on `device`.
+    vectors: how the vectors are kept. Those that crossed in bf16 lose nothing by it; processed ones and fp32
+    ones are rounded (relative error up to 1/256), and the result is the merge of the rounded vectors.
+    Memory: (D + 2) times the size of one vector in fp32 on `device`, or (D / 2 + 2) times with bf16.
     Raises VectorError when the base lacks a tensor or has it in another shape.
     """
 
@@ -32,8 +39,11 @@ class MergedModel:
         taus: Sequence[TaskVector],
         groups: Mapping[str, Sequence[str]],
         device: torch.device,
+        vectors: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.groups = list(groups)
+        self._dtype = torch.bfloat16 if vectors == "bf16" else torch.float32
+        self._chunk = CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
         self.params: dict[str, Tensor] = {}
         self._base: list[Tensor] = []
         self._tau_DP: list[Tensor] = []
@@ -59,7 +69,7 @@ class MergedModel:
                 )
         total = sum(base[name].numel() for name in names)
         base_P = torch.empty(total, device=device)
-        tau_DP = torch.empty(len(taus), total, device=device)
+        tau_DP = torch.empty(len(taus), total, device=device, dtype=self._dtype)
         merged_P = torch.empty(total, device=device)
         start = 0
         for name in names:
@@ -75,6 +85,14 @@ class MergedModel:
         self._tau_DP.append(tau_DP)
         self._merged.append(merged_P)
 
+    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The borders of what is worked on at once: everything in fp32, where nothing is widened."""
+        if self._dtype is torch.float32:
+            yield start, stop
+            return
+        for low in range(start, stop, self._chunk):
+            yield low, min(stop, low + self._chunk)
+
     @torch.no_grad()
     def set_coefficients(self, values_GD: Tensor) -> None:
         """Refill `params` with the merge at these coefficients [groups, domains]."""
@@ -82,24 +100,35 @@ class MergedModel:
         for base_P, tau_DP, merged_P, values_D in zip(
             self._base, self._tau_DP, self._merged, values_GD, strict=True
         ):
-            torch.addmv(base_P, tau_DP.t(), values_D, out=merged_P)
+            for low, high in self._chunks(0, len(base_P)):
+                tau_PD = tau_DP[:, low:high].float().t()
+                torch.addmv(base_P[low:high], tau_PD, values_D, out=merged_P[low:high])
 
+    @torch.no_grad()
     def gradient(self, loss: Tensor) -> Tensor:
         """`dL/dlambda` [groups, domains] on the CPU: one backward, then inner products with the vectors."""
         grads = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
         result_GD = torch.zeros(len(self._base), len(self._tau_DP[0]), device=loss.device)
         for (group, start, stop), grad in zip(self._slices, grads, strict=True):
-            if grad is not None:  # a tensor that the forward does not touch
-                result_GD[group] += self._tau_DP[group][:, start:stop] @ grad.reshape(-1)
+            if grad is None:  # a tensor that the forward does not touch
+                continue
+            grad_P = grad.reshape(-1)
+            for low, high in self._chunks(start, stop):
+                tau_DP = self._tau_DP[group][:, low:high].float()
+                result_GD[group] += tau_DP @ grad_P[low - start : high - start]
         return result_GD.cpu()
 
     @torch.no_grad()
     def vector(self, values_GD: Tensor) -> TaskVector:
         """The merged task vector `sum_d lambda_d tau_d` at these coefficients, fp32 on the CPU."""
         values_GD = values_GD.detach().to(self._merged[0].device)
-        flat = [
-            (tau_DP.t() @ values_D).cpu() for tau_DP, values_D in zip(self._tau_DP, values_GD, strict=True)
-        ]
+        flat: list[Tensor] = []
+        for tau_DP, values_D in zip(self._tau_DP, values_GD, strict=True):
+            parts = [
+                (tau_DP[:, low:high].float().t() @ values_D).cpu()
+                for low, high in self._chunks(0, tau_DP.shape[1])
+            ]
+            flat.append(torch.cat(parts))
         return {
             name: flat[group][start:stop].reshape(param.shape).clone()
             for (name, param), (group, start, stop) in zip(self.params.items(), self._slices, strict=True)

@@ -4,6 +4,9 @@ A teacher is the base plus one task vector, held in memory only while it encodes
 embedding matrix `[I, E]` a domain; logits are made for a batch when they are needed, never `[I, I]`.
 Embeddings are kept in a cache folder under a digest of all that went into them, so that the learned
 methods of one run, and a restarted server, encode each catalog once.
+
+The target of distillation is the domain's own teacher, or the average of all domains' teachers ("ensemble"),
+each of which then encodes every catalog.
 """
 
 from __future__ import annotations
@@ -72,6 +75,48 @@ def encode(encoder: Encoder, ids: Sequence[list[int]], params: Mapping[str, Tens
     return encoder.encode(ids, size, params)
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What one teacher says of one domain: its embeddings of items and of pseudo-users."""
+
+    items_IE: Tensor
+    users_UE: Tensor
+
+
+def target_scores(
+    teachers: Sequence[Teacher], users: Sequence[int], items: Tensor | None, seen_BI: Tensor | None
+) -> Tensor:
+    """The teachers' scores [B, I] of `users` (rows of `users_UE`) with `items` (their numbers; None: all).
+
+    One teacher: cosines. Several: each teacher's cosines are standardised over the items of the row that are
+    not seen, averaged, and brought to the mean and spread of the first teacher's, so that a temperature means
+    the same. What is at seen items is arbitrary.
+    """
+    chosen = list(users)
+    scores_TBI = (
+        teacher.users_UE[chosen] @ (teacher.items_IE if items is None else teacher.items_IE[items]).T
+        for teacher in teachers
+    )
+    own_BI = next(scores_TBI)
+    if len(teachers) == 1:
+        return own_BI
+    mean_B1, spread_B1 = _moments(own_BI, seen_BI)
+    total_BI = (own_BI - mean_B1) / spread_B1
+    for other_BI in scores_TBI:
+        other_B1, width_B1 = _moments(other_BI, seen_BI)
+        total_BI += (other_BI - other_B1) / width_B1
+    return mean_B1 + spread_B1 * total_BI / len(teachers)
+
+
+def _moments(scores_BI: Tensor, seen_BI: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each row over the items that are not seen: two of [B, 1]."""
+    weight_BI = torch.ones_like(scores_BI) if seen_BI is None else (~seen_BI).to(scores_BI.dtype)
+    count_B1 = weight_BI.sum(-1, keepdim=True)
+    mean_B1 = (scores_BI * weight_BI).sum(-1, keepdim=True) / count_B1
+    square_B1 = ((scores_BI - mean_B1).square() * weight_BI).sum(-1, keepdim=True) / count_B1
+    return mean_B1, square_B1.sqrt().clamp(min=1e-6)
+
+
 class EmbeddingCache:
     """A folder of safetensors files, each under the digest of what it was computed from."""
 
@@ -88,4 +133,5 @@ class EmbeddingCache:
         except (FileNotFoundError, SafetensorError):  # absent, or damaged by a failing disk: compute again
             found = {name: tensor.cpu().contiguous() for name, tensor in compute().items()}
             write_atomic(path, safetensors.torch.save(found))
-        return {name: tensor.to(device) for name, tensor in found.items()}
+        # copied: products of tensors that lie in a file round otherwise, being less aligned in memory
+        return {name: tensor.to(device, copy=True) for name, tensor in found.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import ModelError, VectorError
 from common.models.encoder import Encoder
 from common.vectors import TaskVector
+from server.learning import merged as merged_module
 from server.learning.coefficients import Granularity, as_table, group_tensors, layer_of
 from server.learning.losses import entropy
 from server.learning.merged import MergedModel
@@ -42,6 +43,7 @@ def test_every_tensor_is_in_one_group(taus: dict[str, TaskVector]) -> None:
     assert list(layers) == ["layer-0", "layer-1", "rest"]
     assert sorted(name for group in layers.values() for name in group) == sorted(names)
     assert group_tensors(names, "domain") == {"all": sorted(names)}
+    assert group_tensors(names, "tensor") == {name: [name] for name in sorted(names)}
     with pytest.raises(ModelError, match="layer-wise"):
         group_tensors(["dense.weight"], "layer")
     assert list(group_tensors(["a.layer.10.w", "a.layer.2.w"], "layer")) == ["layer-2", "layer-10"]
@@ -57,7 +59,7 @@ def prepare(base: Path) -> tuple[Encoder, dict[str, Tensor]]:
     return encoder, {name: param.detach() for name, param in encoder.model.named_parameters()}
 
 
-@pytest.mark.parametrize("granularity", ["domain", "layer"])
+@pytest.mark.parametrize("granularity", ["domain", "layer", "tensor"])
 def test_gradient_is_that_of_autograd_through_the_sum(
     base: Path, taus: dict[str, TaskVector], granularity: Granularity
 ) -> None:
@@ -85,6 +87,32 @@ def test_gradient_is_that_of_autograd_through_the_sum(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
     for name, param in params.items():
         torch.testing.assert_close(merged.params[name], param.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["domain", "layer", "tensor"])
+def test_bf16_vectors_are_widened_and_nothing_else_is_rounded(
+    base: Path, taus: dict[str, TaskVector], monkeypatch: pytest.MonkeyPatch, granularity: Granularity
+) -> None:
+    """The same as fp32 on the rounded vectors, whatever the borders of the chunks."""
+    monkeypatch.setattr(merged_module, "CPU_CHUNK", 1000)  # not a divisor of anything
+    encoder, tensors = prepare(base)
+    rounded = [{name: value.bfloat16().float() for name, value in tau.items()} for tau in taus.values()]
+    groups = group_tensors(rounded[0], granularity)
+    values_GD = torch.rand(len(groups), len(rounded)) * 0.4
+    ids, mask = encoder.batch([[2, 10, 11, 3], [2, 12, 13, 14, 3]])
+    items_IE = torch.nn.functional.normalize(torch.randn(6, encoder.dim), dim=-1)
+
+    results = []
+    for kept in ("fp32", "bf16"):
+        merged = MergedModel(tensors, rounded if kept == "fp32" else list(taus.values()), groups, CPU, kept)
+        merged.set_coefficients(values_GD)
+        loss = entropy(encoder.forward(ids, mask, params=merged.params) @ items_IE.T).sum()
+        results.append((merged.params, merged.gradient(loss), merged.vector(values_GD)))
+    (params, gradient, vector), (params_16, gradient_16, vector_16) = results
+    for name in vector:
+        torch.testing.assert_close(params_16[name], params[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(vector_16[name], vector[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_16, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
 @settings(max_examples=10, deadline=None)

@@ -15,6 +15,7 @@ from common.errors import ConfigError, DataError, ModelError, VectorError
 from common.models.encoder import Encoder
 from common.vectors import TaskVector
 from server.learning import LearnedMerge, learn
+from server.learning.losses import LOSSES
 from server.learning.state import read_trajectory
 
 
@@ -72,6 +73,7 @@ def learning(**changes: Any) -> LearningSection:
         "refresh_every_steps": 7,
         "history_length": 3,
         "precision": "fp32",
+        "holdout": 0.0,
     }
     return LearningSection.model_validate({**values, **changes})
 
@@ -129,8 +131,8 @@ def test_trajectory_has_every_step(case: Case, tmp_path: Path) -> None:
     assert merged.seconds > 0
 
 
-@pytest.mark.parametrize("objective", ["adamerging", "mergerec"])
-@pytest.mark.parametrize("granularity", ["domain", "layer"])
+@pytest.mark.parametrize("objective", sorted(LOSSES))
+@pytest.mark.parametrize("granularity", ["domain", "layer", "tensor"])
 def test_the_loss_falls(case: Case, tmp_path: Path, objective: str, granularity: str) -> None:
     section = learning(steps=60, batch_size=28, history_length=1, item_embeddings="stale")
     merged = case.run(tmp_path, objective=objective, granularity=granularity, learning=section)
@@ -158,7 +160,13 @@ def test_seed_and_inputs_decide(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"item_embeddings": "stale"}, {"mask_seen": False}, {"history_length": 1}, {"temperature": 0.2}],
+    [
+        {"item_embeddings": "stale"},
+        {"mask_seen": False},
+        {"history_length": 1},
+        {"temperature": 0.2},
+        {"vectors": "bf16"},
+    ],
 )
 def test_each_switch_matters(case: Case, tmp_path: Path, change: dict[str, Any]) -> None:
     assert not same(case.run(tmp_path / "a"), case.run(tmp_path / "b", learning=learning(**change)))
@@ -229,8 +237,8 @@ def test_bad_input_is_named(case: Case, tmp_path: Path) -> None:
     broken = {**case.taus, "toys": {**case.taus["toys"], name: torch.full((16,), float("nan"))}}
     with pytest.raises(VectorError, match=f"toys, tensor '{name}'"):
         case.run(tmp_path, taus=broken)
-    with pytest.raises(ConfigError, match="unknown vector process 'dare'"):
-        case.run(tmp_path, process="dare")
+    with pytest.raises(ConfigError, match="unknown vector process 'weight-averaging'"):
+        case.run(tmp_path, process="weight-averaging")
     with pytest.raises(ModelError, match="the loss is nan at step"):
         case.run(tmp_path, learning=learning(learning_rate=1e30))
     with pytest.raises(DataError, match="no text in colour"):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from server.learning.losses import entropy, mergerec
+from common.config import LearningSection
+from server.learning.losses import (
+    LOSSES,
+    Scores,
+    candidates,
+    entropy,
+    mergerec,
+    ranking_distillation,
+)
 
 
 def scores(seed: int, users: int = 3, items: int = 7) -> torch.Tensor:
@@ -73,3 +82,64 @@ def test_the_label_is_the_best_item_that_is_not_masked() -> None:
     masked = mergerec(s_BI, t_BI, seen, alpha=0.0)
     assert float(unmasked) == pytest.approx(-math.log(softmax([0.3, 0.2, 0.1])[0]), rel=1e-5)
     assert float(masked) == pytest.approx(-math.log(softmax([0.2, 0.1])[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_candidates_are_the_best_and_others_that_are_not_seen(masked: bool) -> None:
+    t_BI, seen = scores(6), seen_items() if masked else None
+    items_BK = candidates(t_BI, seen, 2, 3, np.random.default_rng(0))
+    assert items_BK.shape == (3, 5)
+    for b, row in enumerate(items_BK.tolist()):
+        allowed = [i for i in range(7) if seen is None or not seen[b, i]]
+        assert set(row) <= set(allowed)
+        assert len(set(row)) == 5
+        assert row[:2] == sorted(allowed, key=lambda i: -float(t_BI[b, i]))[:2]
+    again = candidates(t_BI, seen, 2, 3, np.random.default_rng(0))
+    assert torch.equal(items_BK, again)
+    assert not torch.equal(items_BK, candidates(t_BI, seen, 2, 3, np.random.default_rng(1)))
+
+
+def test_candidates_of_a_small_catalog_are_all_of_it() -> None:
+    everything = candidates(scores(6), None, 50, 50, np.random.default_rng(0))
+    assert [sorted(row) for row in everything.tolist()] == [list(range(7))] * 3
+    most = candidates(scores(6), seen_items(), 4, 50, np.random.default_rng(0))
+    assert most.shape == (3, 5)  # a row with two seen items has no more
+    assert candidates(scores(6), None, 3, 0, np.random.default_rng(0)).shape == (3, 3)
+
+
+def test_random_candidates_come_from_all_that_is_left() -> None:
+    t_BI = torch.linspace(1, 0, 7)[None]
+    drawn = [candidates(t_BI, None, 2, 1, np.random.default_rng(seed))[0, 2].item() for seed in range(60)]
+    assert set(drawn) == {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranking_distillation_against_naive(masked: bool) -> None:
+    s_BI, t_BI, seen = scores(7).double(), scores(8).double(), seen_items() if masked else None
+    learning = LearningSection(candidates=2, random_negatives=2, temperature=0.3)
+    got = LOSSES["ranking-distillation"].compute(Scores(s_BI, t_BI, seen, np.random.default_rng(5)), learning)
+    items_BK = candidates(t_BI, seen, 2, 2, np.random.default_rng(5)).tolist()
+    for b, value in enumerate(got):
+        p = softmax([float(t_BI[b, i]) / 0.3 for i in items_BK[b]])
+        q = softmax([float(s_BI[b, i]) / 0.3 for i in items_BK[b]])
+        assert float(value) == pytest.approx(
+            sum(x * (math.log(x) - math.log(y)) for x, y in zip(p, q, strict=True)), rel=1e-4
+        )
+    everything = torch.arange(7).expand(3, 7)
+    assert ranking_distillation(t_BI, t_BI + 1.0, everything).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
+
+
+def test_ranking_distillation_moves_candidates_alone() -> None:
+    s_BI, t_BI = scores(9).requires_grad_(), scores(10)
+    items_BK = candidates(t_BI, seen_items(), 2, 1, np.random.default_rng(0))
+    (gradient_BI,) = torch.autograd.grad(ranking_distillation(s_BI, t_BI, items_BK).sum(), [s_BI])
+    moved = gradient_BI != 0
+    assert torch.equal(moved, torch.zeros_like(moved).scatter_(1, items_BK, True))
+
+
+def test_registry_says_which_losses_need_teachers() -> None:
+    assert {name: loss.teacher for name, loss in LOSSES.items()} == {
+        "adamerging": False,
+        "mergerec": True,
+        "ranking-distillation": True,
+    }

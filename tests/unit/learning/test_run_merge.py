@@ -16,10 +16,12 @@ from common.config import LearningSection, MergeMethod, RunConfig
 from common.errors import ConfigError, VectorError
 from common.models.base import load_tensors, model_digest
 from common.models.encoder import Encoder
+from common.progress import NO_REPORT
 from common.vectors import TaskVector
+from server.learning.options import parse_candidates
 from server.merge import MergeResult, check_method, known_methods, run_merge
-from server.merging import merge
 from server.publishing import Provenance, publish
+from server.tensors import merge_tensors
 
 LAYER = MergeMethod(method="mergerec", options={"granularity": "layer"})
 
@@ -39,7 +41,8 @@ class Case:
 
     def merge(self, method: MergeMethod, settings: RunConfig | None = None, **changes: Any) -> MergeResult:
         taus, catalogs = changes.get("taus", self.taus), changes.get("catalogs", self.catalogs)
-        return run_merge(method, self.base, taus, catalogs, settings or config(), self.work)
+        report, work = changes.get("report", NO_REPORT), changes.get("work", self.work)
+        return run_merge(method, self.base, taus, catalogs, settings or config(), work, report)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def case(base: Path, taus: dict[str, TaskVector], catalogs: dict[str, Catalog], 
 def test_training_free_needs_no_catalog_and_is_done_once(case: Case) -> None:
     method = MergeMethod(method="ties", options={"density": 0.5})
     first = case.merge(method, catalogs={})
-    expected = merge("ties", [case.taus[name] for name in sorted(case.taus)], {"density": 0.5})
+    expected = merge_tensors("ties", {name: case.taus[name] for name in sorted(case.taus)}, {"density": 0.5})
     assert all(torch.equal(first.vector[name], expected[name]) for name in expected)
     assert first.options == {"density": 0.5, "lambda": 1.0}
     assert not first.resumed
@@ -109,7 +112,7 @@ def test_learned_on_ties_vectors(case: Case) -> None:
         "density": 0.3,
     }
     result = case.merge(MergeMethod(method="adamerging", name="ada-ties", options=options))
-    assert result.options == options
+    assert result.options == {**options, "lambda": 1.0}
     assert all(abs(value - 1.0) < 0.1 for value in result.coefficients["all"].values())
 
 
@@ -119,19 +122,99 @@ def test_learned_on_ties_vectors(case: Case) -> None:
         (MergeMethod(method="tis"), "unknown merge method 'tis'\n  next: did you mean 'ties'"),
         (MergeMethod(method="mergrec"), "did you mean 'mergerec'"),
         (MergeMethod(method="mergerec", options={"granularty": "layer"}), "did you mean 'granularity'"),
-        (MergeMethod(method="mergerec", options={"granularity": "tensor"}), "granularity: Input should be"),
+        (MergeMethod(method="mergerec", options={"granularity": "row"}), "granularity: Input should be"),
         (
             MergeMethod(method="mergerec", options={"process": "tie"}),
-            "process: Input should be 'none' or 'ties'",
+            "process: Input should be 'none', ",
         ),
         (MergeMethod(method="mergerec", options={"density": 0.2}), "unknown key 'density'"),
         (MergeMethod(method="mergerec", options={"process": "ties", "density": 2.0}), "density"),
         (MergeMethod(method="ties", learning=LearningSection()), "ties learns nothing"),
+        (MergeMethod(method="auto", options={"candidates": "ties, tis"}), "unknown merge method 'tis'"),
+        (MergeMethod(method="auto", options={"candidates": "ties,"}), "no candidate can be ''"),
+        (
+            MergeMethod(method="auto", options={"candidates": "ties, ties"}),
+            "'ties', or it stands there twice",
+        ),
+        (MergeMethod(method="auto", options={"candidates": "auto"}), "no candidate can be 'auto'"),
+        (MergeMethod(method="auto", options={"candidates": "ties density"}), "'density' is no option"),
+        (MergeMethod(method="auto", options={"candidates": "ties density=2.0"}), "less than or equal to 1"),
+        (MergeMethod(method="auto", options={"margn": 0.1}), "did you mean 'margin'"),
     ],
 )
 def test_bad_methods_are_refused_before_anything_runs(method: MergeMethod, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         check_method(method)
+
+
+def test_candidates_of_auto_are_resolved_before_anything_runs() -> None:
+    text = str(check_method(MergeMethod(method="auto"))["candidates"])
+    assert {"weight-averaging", "ties", "task-arithmetic lambda=0.3"} <= set(text.split(", "))
+    assert "ranking-distillation granularity=layer" in text
+    named = parse_candidates("task-arithmetic lambda=0.2,  ties density=1")
+    assert named["task-arithmetic lambda=0.2"].options == {"lambda": 0.2}
+    assert named["ties density=1"].label == "01-ties-density-1"
+
+
+def test_auto_merges_by_the_best_candidate_and_says_why(case: Case) -> None:
+    """Task arithmetic at 1 on one domain is its teacher itself, which must win; at -1 it is its opposite."""
+    taus = {"garden": case.taus["garden"]}
+    text = "task-arithmetic lambda=-1.0, task-arithmetic lambda=1.0, adamerging granularity=domain"
+    method = MergeMethod(method="auto", options={"candidates": text})
+    result = case.merge(method, taus=taus)
+    assert result.facts["chosen"] == "task-arithmetic lambda=1.0"
+    assert all(torch.equal(result.vector[name], taus["garden"][name]) for name in result.vector)
+    record = json.loads((case.work / "auto" / "merge.json").read_text())
+    assert record["facts"] == result.facts
+    scores = record["facts"]["scores"]
+    assert list(scores) == text.split(", ")
+    assert scores["task-arithmetic lambda=1.0"]["domains"]["garden"] == pytest.approx(1.0)
+    assert scores["task-arithmetic lambda=-1.0"]["average"] < 0.99
+    assert "average" in record["facts"]["why"]
+    again = case.merge(method, taus=taus)
+    assert again.resumed
+    assert again.facts == result.facts
+    with pytest.raises(ConfigError, match="no held-back pseudo-users"):
+        case.merge(method, config(holdout=0.0), taus=taus)
+
+
+def test_auto_that_was_killed_goes_on_after_the_candidates_it_has(case: Case, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    heard: list[str] = []
+
+    def kill(*, phase: str, step: int = 0, **rest: Any) -> None:
+        heard.append(phase)
+        if (phase, step) == ("auto: merge 02-adamerging", 3):
+            raise Killed
+
+    method = MergeMethod(method="auto", options={"candidates": "weight-averaging, ties, adamerging"})
+    with pytest.raises(Killed):
+        case.merge(method, report=kill)
+    assert {"auto: judge", "auto: merge 00-weight-averaging", "auto: merge 01-ties"} <= set(heard)
+    first = heard.copy()
+    heard.clear()
+    kept = (case.work / "auto" / "candidates" / "01-ties" / "merge.json").stat().st_mtime_ns
+
+    def listen(*, phase: str, **rest: Any) -> None:
+        heard.append(phase)
+
+    result = case.merge(method, report=listen)
+    assert "auto: merge 01-ties" in first
+    assert "auto: merge 01-ties" not in heard
+    assert (case.work / "auto" / "candidates" / "01-ties" / "merge.json").stat().st_mtime_ns == kept
+    whole = case.merge(method, work=tmp_path / "whole")
+    assert result.facts == whole.facts
+    assert all(torch.equal(result.vector[name], whole.vector[name]) for name in whole.vector)
+
+
+def test_how_learning_went_is_journaled(case: Case) -> None:
+    result = case.merge(LAYER)
+    assert result.facts["steps"] == 4
+    assert set(result.facts["held_back_loss"]) == {"initial", "best"}
+    assert result.facts["fallback"] == (result.facts["best_step"] == 0)
+    assert case.merge(LAYER).facts == result.facts
 
 
 def test_defaults_of_the_run_configuration_are_all_known() -> None:
