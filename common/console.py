@@ -6,6 +6,8 @@ and the process ends with code 2; Ctrl-C ends it with 130. Anything else is a bu
     @app.command()
     @errors_as_exit()
     def check(path: Path) -> None: ...
+
+rich is imported only where a bar is drawn, so that a small command starts fast.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import click
 
 from common.errors import IsthmusError
-from common.progress import Report
+from common.progress import NO_REPORT, Report
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
@@ -32,17 +36,17 @@ def errors_as_exit() -> Iterator[None]:
         yield
     except IsthmusError as err:
         show_error(err)
-        raise typer.Exit(ERROR_EXIT) from None
+        raise click.exceptions.Exit(ERROR_EXIT) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPT_EXIT) from None
+        click.echo("interrupted", err=True)
+        raise click.exceptions.Exit(INTERRUPT_EXIT) from None
 
 
 def show_error(err: IsthmusError) -> None:
     """Print what went wrong and the next step on stderr."""
-    typer.echo(f"error: {err.message}", err=True)
+    click.echo(f"error: {err.message}", err=True)
     if err.next_step:
-        typer.echo(f"  next: {err.next_step}", err=True)
+        click.echo(f"  next: {err.next_step}", err=True)
 
 
 class _Bars:
@@ -70,6 +74,13 @@ class _Bars:
 @contextmanager
 def progress_bars(*, enabled: bool | None = None) -> Iterator[Report]:
     """A `Report` that draws on stderr: on by default when stderr is a terminal; cleared at the end."""
+    visible = sys.stderr.isatty() if enabled is None else enabled
+    if not visible:
+        yield NO_REPORT
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -78,6 +89,5 @@ def progress_bars(*, enabled: bool | None = None) -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    visible = sys.stderr.isatty() if enabled is None else enabled
-    with Progress(*columns, console=console, transient=True, disable=not visible) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield _Bars(progress)

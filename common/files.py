@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = 
     Raises StorageError when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     with storage_errors(path):
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -94,7 +93,7 @@ def copy_hashed(source: Path, target: Path) -> tuple[str, int]:
     `target` appears only when it is complete. Raises StorageError when the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.urandom(6).hex()}.tmp")
     digest, size_bytes = hashlib.sha256(), 0
     with storage_errors(target):
         try:

@@ -23,8 +23,10 @@ from clients.data.records import Issues
 from clients.home import ClientConfig
 from common.cli import cli
 from common.config import RunConfig, validate
+from server.engine.recipe import make_recipe
 from server.home import ServerConfig
 from server.merge import check_method
+from server.merging import find
 from simulations.config import SimulationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +116,10 @@ def _ids(blocks: list[Block]) -> list[str]:
 def test_every_configuration_validates(block: Block) -> None:
     """The word after `toml` says what the file is; without one it is a run's or a simulation's."""
     data = tomllib.loads(block.text)
+    if block.info == "recipe":
+        recipe = make_recipe(data, where=block.where, folder=DOCS)
+        find(recipe.method).resolve(recipe.options)
+        return
     model = MODELS.get(block.info, SimulationConfig)
     config = validate(data, model, where=block.where)
     if isinstance(config, RunConfig):

@@ -1,9 +1,10 @@
-"""The `isthmus` command: subcommands by entry point, errors as two lines and exit code 2."""
+"""The `isthmus` command: its subcommands, those of other packages, errors as two lines and exit code 2."""
 
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -28,7 +29,16 @@ def test_an_unknown_command() -> None:
 
 def test_the_list_imports_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EntryPoint, "load", lambda _self: pytest.fail("loaded"))
+    monkeypatch.setattr(cli, "import_module", lambda _name: pytest.fail("loaded"))
     assert CliRunner().invoke(cli.LazyGroup(name="x"), ["--help"]).exit_code == 0
+
+
+def test_another_package_adds_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("ping", "tests_ping:command", cli.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda _self: click.Command("x", callback=lambda: print("pong")))
+    monkeypatch.setattr(cli, "_others", lambda: {"ping": point})
+    assert "ping" in cli.LazyGroup(name="x").list_commands(click.Context(cli.cli))
+    assert CliRunner().invoke(cli.LazyGroup(name="x"), ["ping"]).output == "pong\n"
 
 
 def _raising(error: BaseException) -> Callable[[], None]:

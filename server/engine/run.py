@@ -1,0 +1,225 @@
+"""Run a recipe: `merge_folders(recipe)` leaves the merged folder and returns what its `merge.json` says.
+
+Order: everything that can be refused is refused first, from headers alone. Then one pass over the files (two
+or three for methods that need thresholds) writes the weights; the base's configuration and tokenizer files,
+`merge.json` and the card follow; then the folder appears under its name.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import ConfigError
+from common.files import storage_errors
+from common.progress import NO_REPORT, Report
+from server.engine import card
+from server.engine.digests import Digests
+from server.engine.folders import FLOATS, is_adapter
+from server.engine.inputs import Inputs, check_catalogs, check_out, merge_key
+from server.engine.recipe import Recipe
+from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
+from server.engine.stream import FolderVectors, Reader
+from server.engine.writing import WeightWriter
+from server.merging import Method, find, prepare, unknown_name
+from server.merging._vectors import BLOCK_VALUES, Floats
+
+SCHEMA_VERSION = 1
+_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def merge_folders(
+    recipe: Recipe, *, force: bool = False, digests: bool = True, report: Report = NO_REPORT
+) -> dict[str, Any]:
+    """Merge by `recipe` into the folder `recipe.out`; returns the content of its `merge.json`.
+
+    force: replace an output folder that exists. digests: SHA-256 of the inputs for the card.
+    Raises ConfigError (recipe, options, output), ModelError and BaseMismatchError (folders), VectorError
+    (naming file and tensor), DataError (catalogs), StorageError.
+    """
+    started_s = time.monotonic()
+    check_out(recipe)
+    adapters = [entry for entry in recipe.models if is_adapter(entry.path)]
+    if adapters:
+        return _merge_adapters(recipe, force=force, report=report)
+    method = _find(recipe.method)
+    options = method.resolve(recipe.options) if method else dict(recipe.options)
+    inputs = Inputs(recipe)
+    with_catalogs = method is None or method.needs == "grams"
+    check_catalogs(recipe, needed=with_catalogs, warnings=inputs.warnings)
+    known = Digests(inputs.files, enabled=digests)
+    with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:
+        writer = WeightWriter(inputs.base, stage.folder, recipe.dtype)
+        if not writer.is_staged():
+            stage.done_tensors = 0
+            check_space(recipe.out, sum(writer.sizes.values()))
+        copy_companions(inputs.base, stage.folder, _CONFIG_DTYPES.get(recipe.dtype))
+        with writer, inputs.vectors() as vectors:
+            inputs.check_buffers(vectors.reader)
+            found: dict[str, Any] = {"coefficients": {}}
+            if with_catalogs:
+                from server.engine.learned import learn_vector
+
+                learned = learn_vector(inputs, vectors, stage.work, report)
+                found, options = learned.found, learned.options
+                _write_vector(inputs, learned.vector, vectors.reader, writer)
+            elif method is not None:
+                with np.errstate(over="ignore", invalid="ignore"):  # every result is looked at
+                    _write_merge(method, options, vectors, stage, writer, report)
+            _copy_buffers(inputs, vectors.reader, writer)
+            writer.write_indexes()
+            is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
+            if is_large:
+                writer.flush()
+            if not with_catalogs:
+                inputs.warnings += _warn_of_vectors(vectors)
+        sha256 = known.wait()
+        known.check_unchanged()
+        record = _record(inputs, method, options, sha256)
+        seconds = time.monotonic() - started_s
+        record |= found
+        record |= {
+            "warnings": inputs.warnings,
+            "resumed_tensors": stage.done_tensors,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": card.peak_memory_bytes(),
+            "bytes_read": vectors.reader.bytes_read,
+            "bytes_written": writer.bytes_written,
+            "mb_per_s": round((vectors.reader.bytes_read + writer.bytes_written) / seconds / 1e6, 1),
+        }
+        card.write(stage.folder, record, inputs.base)
+        stage.publish(durable=is_large)
+    return record
+
+
+def _record(
+    inputs: Inputs, method: Method | None, options: Mapping[str, Any], sha256: Mapping[Path, str]
+) -> dict[str, Any]:
+    """The recipe as it was carried out, and its inputs by digest."""
+    recipe = inputs.recipe
+    models = {
+        entry.label: {
+            **card.folder_facts(inputs.folders[entry.label], sha256),
+            "weight": 1.0 if entry.weight is None else entry.weight,
+        }
+        for entry in recipe.models
+    }
+    return {
+        "schema": SCHEMA_VERSION,
+        **card.method_facts(recipe.method, method),
+        "options": dict(options),
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "base": card.folder_facts(inputs.base, sha256),
+        "models": models,
+    }
+
+
+def _find(name: str) -> Method | None:
+    """The training-free method `name`, or None for a learned one. Raises ConfigError."""
+    try:
+        return find(name)
+    except ConfigError:
+        from server.merge import LEARNED_PAPERS, known_methods
+
+        if name in LEARNED_PAPERS:
+            return None
+        raise unknown_name("merge method", name, known_methods()) from None
+
+
+def _write_merge(
+    method: Method,
+    options: Mapping[str, Any],
+    vectors: FolderVectors,
+    stage: Staging,
+    writer: WeightWriter,
+    report: Report,
+) -> None:
+    """Merge tensor by tensor, from where the journal says that an interrupted merge stopped."""
+    kernel = prepare(method, vectors, options)
+    if stage.done_tensors:
+        vectors.changed_N, vectors.print_N = list(stage.state["changed"]), list(stage.state["prints"])
+    vectors.first = stage.done_tensors
+    place = {name: number for number, name in enumerate(vectors.shapes)}
+    flushed = writer.bytes_written
+    for block in vectors.blocks(method.unit):
+        last = block.start + block.tau_NX.shape[1]
+        values = kernel(block)
+        if method.splits:
+            values = values.sum(0)
+        writer.add(block.name, block.start, vectors.base_X, values.reshape(-1))
+        done = place[block.name] + 1
+        if last == math.prod(block.shape):
+            report(phase="merge", step=done, total=len(place))
+            if writer.bytes_written - flushed >= CHECKPOINT_BYTES:
+                writer.flush()
+                flushed = writer.bytes_written
+                stage.checkpoint(done, {"changed": vectors.changed_N, "prints": vectors.print_N})
+
+
+def _write_vector(inputs: Inputs, vector: Mapping[str, Floats], reader: Reader, writer: WeightWriter) -> None:
+    """Write the base plus a merged vector that is in memory and need not have every tensor."""
+    base_X = np.empty(BLOCK_VALUES, np.float32)
+    zero_X = np.zeros(BLOCK_VALUES, np.float32)
+    for tensor in inputs.base.tensors.values():
+        if tensor.dtype not in FLOATS:
+            continue
+        tau_X = vector[tensor.name].reshape(-1) if tensor.name in vector else None
+        for start in range(0, tensor.size, BLOCK_VALUES):
+            width = min(BLOCK_VALUES, tensor.size - start)
+            reader.read(tensor, start, base_X[:width])
+            part_X = zero_X[:width] if tau_X is None else tau_X[start : start + width]
+            writer.add(tensor.name, start, base_X[:width], part_X)
+
+
+def _copy_buffers(inputs: Inputs, reader: Reader, writer: WeightWriter) -> None:
+    for tensor in inputs.base.tensors.values():
+        if tensor.dtype not in FLOATS:
+            writer.copy(tensor, reader)
+
+
+def _warn_of_vectors(vectors: FolderVectors) -> list[str]:
+    """What the pass over the values showed: zero vectors, equal vectors."""
+    labels = list(vectors.labels)
+    warnings = [
+        f"{label} equals the base: its task vector is zero and counts as one"
+        for label, changed in zip(labels, vectors.changed_N, strict=True)
+        if not changed
+    ]
+    first: dict[int, str] = {}
+    for label, mark, changed in zip(labels, vectors.print_N, vectors.changed_N, strict=True):
+        other = first.setdefault(mark, label)
+        if other != label and changed:
+            warnings.append(f"{label} and {other} have the same weights; they count twice")
+    return warnings
+
+
+def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str, Any]:
+    """Adapters merge as adapters, in `server.adapters`."""
+    full = [entry for entry in recipe.models if not is_adapter(entry.path)]
+    if full:
+        raise ConfigError(
+            f"{full[0].path} is a full model, {recipe.models[0].path} and others are adapters"
+            if full[0] is not recipe.models[0]
+            else f"{full[0].path} is a full model, but other models are adapters",
+            next_step="merge adapters with adapters, or merge each adapter into its base first",
+        )
+    from server.adapters import merge_adapters
+
+    with storage_errors(recipe.out):
+        Staging(recipe.out, "", force=force)  # the same rules for an output folder that exists
+    given = {entry.label: entry.weight for entry in recipe.models if entry.weight is not None}
+    return merge_adapters(
+        {entry.label: entry.path for entry in recipe.models},
+        method=recipe.method,
+        options=recipe.options,
+        weights={entry.label: given.get(entry.label, 1.0) for entry in recipe.models} if given else None,
+        out=recipe.out,
+        base=recipe.base,
+        report=report,
+    )

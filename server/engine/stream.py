@@ -1,0 +1,195 @@
+"""Task vectors read from model folders, block by block, in constant memory.
+
+`tau_d = theta_d - theta_0`, in float32 whatever the folders hold. Blocks are read into buffers that are used
+again (never mapped: mapped pages count as the process's memory), each file once a pass. Memory is one block
+of every model for `unit="block"`, and one tensor of every model for `unit="tensor"`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ModelError, VectorError
+from server.engine.folders import FLOATS, ModelFolder, Stored
+from server.merging._vectors import BLOCK_VALUES, Block, Floats
+
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+RUN_VALUES = 1024  # of a sample: values that are read together
+MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21
+
+
+class Reader:
+    """Values of stored tensors as float32, and the bytes read so far. Files stay open until `close`."""
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+        self._half: npt.NDArray[np.uint16] = np.empty(0, np.uint16)
+
+    def read(self, tensor: Stored, start: int, out_X: Floats) -> None:
+        """Fill `out_X` (contiguous) with the values from flat position `start` of a float tensor."""
+        position = tensor.start + start * ITEM_BYTES[tensor.dtype]
+        if tensor.dtype == "F32":
+            self.read_bytes(tensor, position, out_X)
+            return
+        if not self._half.size:
+            self._half = np.empty(BLOCK_VALUES, np.uint16)
+        for first in range(0, out_X.size, BLOCK_VALUES):
+            part_X = out_X[first : first + BLOCK_VALUES]
+            half_X = self._half[: part_X.size]
+            self.read_bytes(tensor, position + 2 * first, half_X)
+            if tensor.dtype == "BF16":  # the upper half of a float32
+                np.left_shift(half_X, 16, out=part_X.view(np.uint32), dtype=np.uint32)
+            else:
+                part_X[:] = half_X.view(np.float16)
+
+    def read_bytes(self, tensor: Stored, position: int, out: npt.NDArray[Any]) -> None:
+        """Fill `out` with the bytes at `position` of the tensor's file. Raises ModelError where it ends."""
+        descriptor = self._files.get(tensor.file)
+        if descriptor is None:
+            descriptor = self._files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        wanted = out.nbytes
+        done = os.preadv(descriptor, [out.data], position)
+        while 0 < done < wanted:  # one call gives 2 GiB at most
+            left = out.data.cast("B")[done:]
+            more = os.preadv(descriptor, [left], position + done)
+            if not more:
+                break
+            done += more
+        if done != wanted:
+            raise ModelError(
+                f"{tensor.file}: ends inside tensor {tensor.key!r}", next_step="obtain the file again"
+            )
+        self.bytes_read += wanted
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+class FolderVectors:
+    """The `Vectors` of `server.merging` over folders: N models on one base.
+
+    models: label -> where that model has each tensor of the base (`folders.match_model`). weights: a factor
+    on each task vector. `first` is the number of tensors that `blocks` leaves out (they are merged already).
+    `base_X` holds the base's values of the block that `blocks` gave last.
+    """
+
+    def __init__(
+        self, base: ModelFolder, models: Mapping[str, Mapping[str, Stored]], weights: Sequence[float]
+    ) -> None:
+        self._base = [tensor for tensor in base.tensors.values() if tensor.dtype in FLOATS]
+        self._models = [[model[tensor.name] for tensor in self._base] for model in models.values()]
+        self._labels = list(models)
+        self._weight_N = [np.float32(weight) for weight in weights]
+        self.reader = Reader()
+        self.first = 0
+        self.base_X: Floats = np.empty(0, np.float32)
+        self.changed_N = [False] * len(models)  # whether a value other than zero was seen
+        self.print_N = [0] * len(models)  # of what was read: equal vectors have equal prints
+
+    def __enter__(self) -> FolderVectors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reader.close()
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._labels
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {tensor.name: tensor.shape for tensor in self._base}
+
+    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+        sizes = [tensor.size for tensor in self._base[self.first :]]
+        widest = max([1, *sizes]) if unit == "tensor" else BLOCK_VALUES
+        count = len(self._labels)
+        buffer = np.empty(count * widest, np.float32)
+        base_buffer = np.empty(widest, np.float32)
+        for place in range(self.first, len(self._base)):
+            tensor = self._base[place]
+            for start in range(0, tensor.size, widest):
+                width = min(widest, tensor.size - start)
+                self.base_X = base_buffer[:width]
+                tau_NX = buffer[: count * width].reshape(count, width)
+                self._fill(place, start, tau_NX)
+                yield Block(tensor.name, tensor.shape, start, tau_NX, self._labels)
+
+    def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
+        base_buffer = np.empty(BLOCK_VALUES, np.float32)
+        for place, tensor in enumerate(self._base):
+            for start in range(0, tensor.size, BLOCK_VALUES):
+                width = min(BLOCK_VALUES, tensor.size - start)
+                tau_X = np.empty(width, np.float32)
+                self._subtract(
+                    place, vector, start, tau_X, self._read_base(place, start, base_buffer[:width])
+                )
+                yield tensor.name, tau_X
+
+    def sample(self) -> Floats | None:
+        """Values of every vector at even distances, in runs of neighbours: [N, runs, values].
+
+        Much less is read than in a pass. None where the tensors are too small for it.
+        """
+        places = [place for place, tensor in enumerate(self._base) if tensor.size >= RUN_VALUES]
+        sizes = np.array([self._base[place].size - RUN_VALUES + 1 for place in places], np.int64)
+        total = int(sizes.sum())
+        runs = min(max(total // 64, MIN_SAMPLE), MAX_SAMPLE) // RUN_VALUES
+        if total < 16 * MIN_SAMPLE:
+            return None
+        ends = np.cumsum(sizes)
+        found = np.empty((len(self._labels), runs, RUN_VALUES), np.float32)
+        base_X = np.empty(RUN_VALUES, np.float32)
+        for run in range(runs):
+            position = run * total // runs
+            index = int(np.searchsorted(ends, position, side="right"))
+            start = position - int(ends[index] - sizes[index])
+            self._read_base(places[index], start, base_X)
+            for vector in range(len(self._labels)):
+                self._subtract(places[index], vector, start, found[vector, run], base_X)
+        return found
+
+    def _fill(self, place: int, start: int, tau_NX: Floats) -> None:
+        """Read a block of every vector, and look at each while it is still in the processor's cache."""
+        self._read_base(place, start, self.base_X)
+        for vector, tau_X in enumerate(tau_NX):
+            self._subtract(place, vector, start, tau_X, self.base_X)
+            squares = float(np.dot(tau_X, tau_X))
+            if not math.isfinite(squares) and not bool(np.isfinite(tau_X).all()):
+                raise self._not_finite(place, vector)
+            self.changed_N[vector] = self.changed_N[vector] or squares > 0 or bool(tau_X.any())
+            self.print_N[vector] = hash((self.print_N[vector], squares))
+
+    def _read_base(self, place: int, start: int, base_X: Floats) -> Floats:
+        self.reader.read(self._base[place], start, base_X)
+        return base_X
+
+    def _subtract(self, place: int, vector: int, start: int, tau_X: Floats, base_X: Floats) -> None:
+        self.reader.read(self._models[vector][place], start, tau_X)
+        np.subtract(tau_X, base_X, out=tau_X)
+        if self._weight_N[vector] != 1:
+            tau_X *= self._weight_N[vector]
+
+    def _not_finite(self, place: int, vector: int) -> VectorError:
+        """The base is to blame where it is not finite itself."""
+        base_is_finite = bool(np.isfinite(self.base_X).all())
+        tensor = self._models[vector][place] if base_is_finite else self._base[place]
+        return VectorError(
+            f"{tensor.file}: tensor {tensor.key!r} holds NaN or infinite values",
+            next_step="fine-tune again; that training diverged"
+            if base_is_finite
+            else "use a sound base model",
+        )
