@@ -1,0 +1,101 @@
+"""The benchmarks run, at toy sizes: what they compare agrees, and every figure that they report is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import data_channel, learned_step, learned_task, merge_command, model_folders
+from benchmarks.measure import line, medians, take_turns
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_medians_take_turns_and_leave_the_warm_up_out() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = take_turns(calls, 2)
+    assert order == ["a", "b"] * 3
+    assert [len(values) for values in seconds.values()] == [2, 2]
+    assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+    assert line([2, 4, 8], [7, 11, 19]) == pytest.approx((2, 3))
+
+
+def test_learned_step(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    small = ["--n", "2", "--repeats", "1", "--baseline-repeats", "1", "--threads", "1", "--precision", "fp32"]
+    learned_step.main([*small, "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert [(check["granularity"], check["baseline"]) for check in record["checks"]] == [
+        ("domain", "reference"), ("domain", "mended"), ("layer", "reference"), ("layer", "mended"),
+    ]  # fmt: skip
+    assert len(record["steps"]) == 2
+    for step in record["steps"]:
+        assert all(value > 0 for value in step["seconds"].values())
+        assert all(value > 0 for value in step["ratios"].values())
+
+
+def test_the_check_of_the_baseline_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.reference_loop.ALPHA", 999.0)
+    with pytest.raises(AssertionError, match="loss_off_by"):
+        learned_step.check(tmp_path / "model")
+
+
+def test_a_baseline_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_step, "_short_of_bytes", lambda *_: 1)
+    options = learned_step.parse(["--repeats", "1"])
+    model = learned_task.make_model("tiny", tmp_path / "model", "cpu", "fp32")
+    row = learned_step.measure(model, "tiny", 2, "domain", options)
+    assert row.seconds["reference"] is None
+    assert row.ratios()["reference / ours"] is None
+    assert row.ratios()["ours / (bare + read)"] is not None
+
+
+def test_bf16_vectors_come_in_turn_and_hold_what_fp32_ones_hold(tmp_path: Path) -> None:
+    model = learned_task.make_model("tiny", tmp_path / "model", "cpu", "fp32")
+    wide = learned_task.make_vectors(model, 3, torch.float32, distinct=2)
+    narrow = learned_task.make_vectors(model, 3, torch.bfloat16, distinct=2)
+    assert wide.taus[0] is wide.taus[2]
+    assert not torch.equal(wide.flats[0], wide.flats[1])
+    for one, other in zip(wide.flats, narrow.flats, strict=True):
+        assert torch.equal(one, other.float())
+
+
+def test_merge_command(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    merge_command.main(["--methods", "task-arithmetic", "--work", str(tmp_path), "--out", str(out)])
+    record = json.loads(out.read_text())
+    contenders = {row["contender"]: row for row in record["rows"]}
+    assert set(contenders) == {"isthmus", "isthmus --no-digests", "start"}
+    for row in contenders.values():
+        assert row["s"] > 0
+        assert 5 < row["peak MB"] < 200  # the process's own: no torch, and nothing of this one
+    assert record["float64_error"] < 1e-6
+
+
+def test_merge_command_large(tmp_path: Path) -> None:
+    base = model_folders.make_bert(tmp_path / "base", layers=3, hidden=32, shard_bytes=60_000)
+    shards = model_folders.weight_files(base)
+    index = json.loads((base / model_folders.INDEX).read_text())
+    assert len(shards) > 1
+    assert all(path.stat().st_size < 64_000 for path in shards)
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    models = [model_folders.make_copy(base, tmp_path / f"m{seed}", seed) for seed in range(2)]
+    options = merge_command.parse(["--large", "--methods", "ties"])
+    found = merge_command.large(options, merge_command.Folders(base, models, tmp_path))
+    assert found["rows"][0]["peak_mb"] > 5
+    assert found["model_bytes"] > 2 * found["shard_bytes"]
+
+
+def test_data_channel(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    data_channel.main(["--mib", "1", "--repeats", "1", "--work", str(tmp_path), "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert set(record["medians"]) == {"up", "down", "copy"}
+    assert record["server_peak_bytes"] >= record["server_before_bytes"] > 0
