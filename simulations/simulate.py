@@ -150,9 +150,10 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
     metric, recall = f"ndcg@{k}", f"recall@{k}"
     domains = list(summary["domains"])
     title = f"NDCG@{k}" + (" on synthetic data" if summary["synthetic"] else "")
-    table = Table(
-        "", *domains, "mean", "mean of 100", f"R@{k} of 100", title=title, box=None, title_justify="left"
-    )
+    table = Table(title=title, box=None, title_justify="left")
+    table.add_column("", no_wrap=True)  # a narrow terminal folds the headings, never the names of the rows
+    for heading in (*domains, "mean", "mean of 100", f"R@{k} of 100"):
+        table.add_column(heading)
     for row, by_domain in summary["results"].items():
         cells = [_number(by_domain.get(name, {}).get(metric), 4) for name in domains]
         average = summary["average"][row]
