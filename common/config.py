@@ -11,14 +11,13 @@ refused with the nearest known one, and the resolved configuration is saved besi
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.errors import ConfigError
+from common.errors import ConfigError, suggest
 
 EMBEDDED_BASE = "embedded"
 DEFAULT_PUBLISHED = "task-arithmetic"
@@ -242,8 +241,7 @@ def _explain(err: ValidationError, model: type[BaseModel], where: str) -> Config
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])
         wrong = str(first["loc"][-1])
-        near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        hint = suggest(wrong, known, otherwise="known keys here: {}")
         return ConfigError(f"{where}: unknown key {path!r}", next_step=hint)
     return ConfigError(f"{where}: {path}: {first['msg']}", next_step="mend the value")
 

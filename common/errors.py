@@ -23,6 +23,17 @@ step. Its text never contains private data. Each also inherits the standard erro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def suggest(word: str, known: Iterable[str], *, otherwise: str = "known: {}") -> str:
+    """The next step for an unknown `word`: the nearest of `known`, or all of them after `otherwise`."""
+    import difflib
+
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else otherwise.format(", ".join(names))
+
 
 class IsthmusError(Exception):
     """Base of all deliberate errors. `next_step` tells the reader what to do about it."""

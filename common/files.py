@@ -1,6 +1,7 @@
 """Small file habits that everything here shares: whole or not at all, and a full disk said plainly.
 
-`write_atomic` leaves either the old file or the new one, durably. `storage_errors` turns what a full
+`write_atomic` leaves either the old file or the new one, durably; `replace_folder` does it for folders.
+`storage_errors` turns what a full
 or failing disk raises into `StorageError`, so that callers refuse instead of crashing half-way.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +76,38 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = 
             fsync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def replace_folder(stage: Path, out: Path, *, durable: bool = True) -> None:
+    """Put the finished folder `stage` in the place of `out`, which may exist, by renames.
+
+    The old folder goes only after the new one stands. Between the two renames it is `.NAME.old` beside it;
+    `restore_folder` brings it back after a kill there. With `durable` the names are on the disk afterwards.
+    Raises StorageError when the disk cannot take it.
+    """
+    old = _set_aside(out)
+    with storage_errors(out):
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.replace(old)
+        try:
+            stage.replace(out)
+        except OSError:
+            restore_folder(out)
+            raise
+        if durable:
+            fsync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(out: Path) -> None:
+    """Bring back what a `replace_folder` that was killed half-way had set aside."""
+    if _set_aside(out).is_dir() and not out.exists():
+        _set_aside(out).replace(out)
+
+
+def _set_aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
 
 
 def sha256_bytes(data: bytes) -> str:

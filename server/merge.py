@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from common.catalog import Catalog
-from common.config import LearningSection, MergeMethod, RunConfig, validate
+from common.config import MergeMethod, RunConfig, validate
 from common.errors import ConfigError, IsthmusError
 from common.files import sha256_file, write_atomic
 from common.models.base import model_digest
 from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
 from server.digests import catalog_digest, json_digest, vector_digest
-from server.learning import LearnedMerge, learn
+from server.learning import learn
 from server.learning.choose import Judge, pick
-from server.learning.grams import GRAM_ITEMS, LayerGrams, gram_matrices
+from server.learning.grams import GRAM_ITEMS, gram_matrices
 from server.learning.losses import LOSSES
 from server.learning.options import AUTO, AUTO_PAPER, check_learned, parse_candidates
 from server.learning.prepare import load_inputs
@@ -99,157 +99,151 @@ def run_merge(
     divergence), StorageError.
     """
     options = check_method(method)
-    domains = sorted(taus)
-    taus = {name: taus[name] for name in domains}
+    taus = {name: taus[name] for name in sorted(taus)}
     check_vectors(taus)
-    learning = method.learning or config.learning
+    config = config.model_copy(update={"learning": method.learning or config.learning})
     folder = work / method.label
-    inputs = _inputs(method, options, base_folder, taus, catalogs, config, learning)
-    shapes = {name: tuple(tensor.shape) for name, tensor in taus[domains[0]].items()}
+    job = _Job(method, options, base_folder, taus, catalogs, config, folder, cache or work / "embeddings")
+    inputs = job.inputs()
+    shapes = {name: tuple(tensor.shape) for name, tensor in next(iter(taus.values())).items()}
     found = _read(folder, inputs, shapes)
     if found is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    started_s = time.monotonic()
-    coefficients: dict[str, dict[str, float]] = {}
-    facts: dict[str, Any] = {}
-    cache = cache or work / "embeddings"
-    if method.method in LOSSES:
-        learned = _learn(method, options, base_folder, taus, catalogs, config, folder, cache, report)
-        vector, coefficients, seconds = learned.vector, learned.coefficients, learned.seconds
-        facts = learned.facts
-    elif method.method == AUTO:
-        chosen, facts = _choose(method, options, base_folder, taus, catalogs, config, folder, cache, report)
-        vector, coefficients, seconds = chosen.vector, chosen.coefficients, time.monotonic() - started_s
-    else:
-        report(phase=f"merge {method.label}", step=0, total=1)
-        grams = _grams(method, base_folder, taus, catalogs, config, report)
-        vector = merge_tensors(method.method, taus, options, grams)
-        seconds = time.monotonic() - started_s
-        report(phase=f"merge {method.label}", step=1, total=1)
-    write_vector(folder / VECTOR_FILE, vector, "fp32")
+    merged = job.run(report)
+    write_vector(folder / VECTOR_FILE, merged.vector, "fp32")
     record = {
         "schema": SCHEMA_VERSION,
         "label": method.label,
         "method": method.method,
         "options": options,
-        "domains": domains,
-        "coefficients": coefficients,
-        "facts": facts,
-        "seconds": round(seconds, 3),
+        "domains": list(taus),
+        "coefficients": merged.coefficients,
+        "facts": merged.facts,
+        "seconds": round(merged.seconds, 3),
         "vector_sha256": sha256_file(folder / VECTOR_FILE),
         "inputs": inputs,
     }
     write_atomic(folder / JOURNAL_FILE, json.dumps(record, indent=2).encode("ascii"))
-    return _result(record, vector, folder, resumed=False)
+    return _result(record, merged.vector, folder, resumed=False)
 
 
-def _needs_grams(method: MergeMethod) -> bool:
-    return method.method in methods() and methods()[method.method].needs == "grams"
+@dataclass(frozen=True)
+class _Merged:
+    """What a merge gives, however it came about."""
+
+    vector: TaskVector
+    seconds: float
+    coefficients: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-def _grams(
-    method: MergeMethod,
-    base_folder: Path,
-    taus: Mapping[str, TaskVector],
-    catalogs: Mapping[str, Catalog],
-    config: RunConfig,
-    report: Report,
-) -> LayerGrams | None:
-    """What the method needs of the catalogs; computed while it merges, layer by layer."""
-    if not _needs_grams(method):
-        return None
-    report = prefixed(report, f"merge {method.label}")
-    return gram_matrices(base_folder, taus, catalogs, config.text, seed=config.run.seed, report=report)
+@dataclass(frozen=True)
+class _Job:
+    """One merge: a checked method, what it reads, and the folder that keeps its progress."""
 
+    method: MergeMethod
+    options: dict[str, Any]
+    base_folder: Path
+    taus: Mapping[str, TaskVector]
+    catalogs: Mapping[str, Catalog]
+    config: RunConfig  # its learning section is the method's own where it has one
+    folder: Path
+    cache: Path
 
-def _learn(
-    method: MergeMethod,
-    options: dict[str, Any],
-    base_folder: Path,
-    taus: Mapping[str, TaskVector],
-    catalogs: Mapping[str, Catalog],
-    config: RunConfig,
-    folder: Path,
-    cache: Path,
-    report: Report,
-) -> LearnedMerge:
-    extra = {key: value for key, value in options.items() if key not in ("granularity", "process")}
-    return learn(
-        base_folder,
-        taus,
-        catalogs,
-        objective=method.method,
-        granularity=options["granularity"],
-        learning=method.learning or config.learning,
-        text=config.text,
-        work=folder,
-        seed=config.run.seed,
-        report=prefixed(report, f"merge {method.label}"),
-        pooling=config.base.pooling,
-        process=options["process"],
-        process_options=extra,
-        cache=cache,
-    )
+    def run(self, report: Report) -> _Merged:
+        if self.method.method in LOSSES:
+            return self._learn(prefixed(report, f"merge {self.method.label}"))
+        if self.method.method == AUTO:
+            return self._choose(prefixed(report, self.method.label))
+        return self._merge(report)
 
-
-def _choose(
-    method: MergeMethod,
-    options: dict[str, Any],
-    base_folder: Path,
-    taus: Mapping[str, TaskVector],
-    catalogs: Mapping[str, Catalog],
-    config: RunConfig,
-    folder: Path,
-    cache: Path,
-    report: Report,
-) -> tuple[MergeResult, dict[str, Any]]:
-    """Merge by every candidate, score each, and return the chosen one with the reasons."""
-    learning, text, report = method.learning or config.learning, config.text, prefixed(report, method.label)
-    seed, pooling = config.run.seed, config.base.pooling
-    inputs = load_inputs(base_folder, taus, catalogs, learning, text, seed=seed, pooling=pooling)
-    judge = Judge(inputs, options["target"], cache, report)
-    config = config.model_copy(update={"learning": learning})
-
-    def merge(candidate: MergeMethod) -> MergeResult:
-        return run_merge(candidate, base_folder, taus, catalogs, config, folder / "candidates", report, cache)
-
-    candidates = parse_candidates(options["candidates"])
-    scores = {label: judge.score(merge(candidate).vector) for label, candidate in candidates.items()}
-    choice = pick(scores, options["margin"])
-    return merge(candidates[choice["chosen"]]), choice
-
-
-def _inputs(
-    method: MergeMethod,
-    options: dict[str, Any],
-    base_folder: Path,
-    taus: Mapping[str, TaskVector],
-    catalogs: Mapping[str, Catalog],
-    config: RunConfig,
-    learning: LearningSection,
-) -> dict[str, Any]:
-    """All that the result follows from, as digests and settings."""
-    inputs: dict[str, Any] = {
-        "base_model": model_digest(base_folder),
-        "vectors": {name: vector_digest(taus[name]) for name in sorted(taus)},
-    }
-    if method.method in LEARNED_PAPERS or _needs_grams(method):
-        inputs |= {
-            "catalogs": {
-                name: catalog_digest(catalogs[name], config.text.attributes)
-                for name in sorted(taus)
-                if name in catalogs
-            },
-            "text": config.text.model_dump(mode="json"),
-            "seed": config.run.seed,
+    def inputs(self) -> dict[str, Any]:
+        """All that the result follows from, as digests and settings."""
+        learns, config = self.method.method in LEARNED_PAPERS, self.config
+        inputs: dict[str, Any] = {
+            "base_model": model_digest(self.base_folder),
+            "vectors": {name: vector_digest(tau) for name, tau in self.taus.items()},
         }
-    if method.method in LEARNED_PAPERS:
-        inputs |= {"learning": learning.model_dump(mode="json"), "pooling": config.base.pooling}
-    elif _needs_grams(method):
-        inputs |= {"items_per_domain": GRAM_ITEMS}
-    key = {"schema": SCHEMA_VERSION, "method": method.method, "options": options, **inputs}
-    return {**inputs, "digest": json_digest(key)}
+        if learns or self._needs_grams:
+            inputs |= {
+                "catalogs": {
+                    name: catalog_digest(self.catalogs[name], config.text.attributes)
+                    for name in self.taus
+                    if name in self.catalogs
+                },
+                "text": config.text.model_dump(mode="json"),
+                "seed": config.run.seed,
+            }
+        if learns:
+            inputs |= {"learning": config.learning.model_dump(mode="json"), "pooling": config.base.pooling}
+        elif self._needs_grams:
+            inputs |= {"items_per_domain": GRAM_ITEMS}
+        key = {"schema": SCHEMA_VERSION, "method": self.method.method, "options": self.options, **inputs}
+        return {**inputs, "digest": json_digest(key)}
+
+    @property
+    def _needs_grams(self) -> bool:
+        return self.method.method in methods() and methods()[self.method.method].needs == "grams"
+
+    def _merge(self, report: Report) -> _Merged:
+        started_s, phase = time.monotonic(), f"merge {self.method.label}"
+        report(phase=phase, step=0, total=1)
+        grams = None
+        if self._needs_grams:  # computed while it merges, layer by layer
+            text, seed = self.config.text, self.config.run.seed
+            grams = gram_matrices(
+                self.base_folder, self.taus, self.catalogs, text, seed=seed, report=prefixed(report, phase)
+            )
+        vector = merge_tensors(self.method.method, self.taus, self.options, grams)
+        report(phase=phase, step=1, total=1)
+        return _Merged(vector, time.monotonic() - started_s)
+
+    def _learn(self, report: Report) -> _Merged:
+        own = ("granularity", "process")
+        learned = learn(
+            self.base_folder,
+            self.taus,
+            self.catalogs,
+            objective=self.method.method,
+            granularity=self.options["granularity"],
+            learning=self.config.learning,
+            text=self.config.text,
+            work=self.folder,
+            seed=self.config.run.seed,
+            report=report,
+            pooling=self.config.base.pooling,
+            process=self.options["process"],
+            process_options={key: value for key, value in self.options.items() if key not in own},
+            cache=self.cache,
+        )
+        return _Merged(learned.vector, learned.seconds, learned.coefficients, learned.facts)
+
+    def _choose(self, report: Report) -> _Merged:
+        """Merge by every candidate, score each, and give the chosen one with the reasons."""
+        started_s, config = time.monotonic(), self.config
+        inputs = load_inputs(
+            self.base_folder,
+            self.taus,
+            self.catalogs,
+            config.learning,
+            config.text,
+            seed=config.run.seed,
+            pooling=config.base.pooling,
+        )
+        judge = Judge(inputs, self.options["target"], self.cache, report)
+
+        def merge(candidate: MergeMethod) -> MergeResult:
+            work = self.folder / "candidates"
+            return run_merge(
+                candidate, self.base_folder, self.taus, self.catalogs, config, work, report, self.cache
+            )
+
+        candidates = parse_candidates(self.options["candidates"])
+        scores = {label: judge.score(merge(candidate).vector) for label, candidate in candidates.items()}
+        choice = pick(scores, self.options["margin"])
+        chosen = merge(candidates[choice["chosen"]])
+        return _Merged(chosen.vector, time.monotonic() - started_s, chosen.coefficients, choice)
 
 
 def _read(folder: Path, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> MergeResult | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from common.config import EMBEDDED_BASE, RunConfig
-from common.files import fsync_folder, storage_errors, write_atomic
+from common.files import replace_folder, write_atomic
 from common.models.base import load_tensors, model_digest, save_model
 from common.vectors import TaskVector, apply
 from server.merge import LEARNED_PAPERS, MergeResult
@@ -62,14 +62,7 @@ def publish(base_folder: Path, result: MergeResult, provenance: Provenance, out:
     save_model(base_folder, tensors, stage, readme=_card(record, provenance), pooling=pooling)
     record["model_digest"] = model_digest(stage)
     write_atomic(stage / MERGE_FILE, (json.dumps(record, indent=2) + "\n").encode("ascii"))
-    with storage_errors(out):
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.replace(old)
-        stage.replace(out)
-        fsync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+    replace_folder(stage, out)
     return record
 
 

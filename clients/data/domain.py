@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from common.catalog import Catalog, check_items, check_name
 from common.errors import DataError, StorageError
+from common.files import replace_folder
 
 SCHEMA_VERSION = 1
 _FILES = ("domain.json", "items.parquet", "sequences.parquet")
@@ -134,7 +135,9 @@ class Domain:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             self._write(temporary, private_ids)
-            _swap(temporary, folder)
+            replace_folder(temporary, folder)
+        except StorageError:
+            raise
         except OSError as err:
             full = err.errno == errno.ENOSPC
             raise StorageError(
@@ -240,23 +243,6 @@ def _refuse_foreign(folder: Path) -> None:
         raise DataError(
             f"{folder}: exists and is not a domain folder", next_step="choose another --out folder"
         )
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`; the old one goes only after the new one stands."""
-    if not folder.exists():
-        temporary.rename(folder)
-    else:
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _fsync(folder.parent)
 
 
 def _fsync(path: Path) -> None:

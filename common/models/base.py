@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import EMBEDDED_BASE
 from common.errors import ModelError, StorageError, VectorError
+from common.files import replace_folder
 from common.models.weights import FLOAT_DTYPES, WeightEntry, read_weights, tensor_table
 
 if TYPE_CHECKING:
@@ -199,9 +200,11 @@ def save_model(
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        _swap(temporary, out_folder)
+        replace_folder(temporary, out_folder)
     except OSError as err:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(err, StorageError):
+            raise
         raise StorageError(
             f"cannot write {out_folder}: {err}", next_step="free disk space and repeat"
         ) from err
@@ -246,18 +249,6 @@ def max_tokens(config: Mapping[str, Any]) -> int:
     if config.get("model_type") in {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"}:
         positions -= int(config.get("pad_token_id") or 0) + 1
     return positions
-
-
-def _swap(temporary: Path, out_folder: Path) -> None:
-    """Put `temporary` in the place of `out_folder` by renames."""
-    if not out_folder.exists():
-        temporary.replace(out_folder)
-        return
-    old = out_folder.with_name(f".{out_folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    out_folder.replace(old)
-    temporary.replace(out_folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _canonical(path: Path) -> bytes:

@@ -15,8 +15,8 @@ An adapter gives each adapted layer the update `W_i = s_i B_i A_i` (`B` [R, K], 
 
 from __future__ import annotations
 
-from server.adapters._read import is_adapter
 from server.adapters.merge import merge_adapters
 from server.adapters.rules import AdapterMethod, adapter_methods
+from server.folders import is_adapter
 
 __all__ = ["AdapterMethod", "adapter_methods", "is_adapter", "merge_adapters"]

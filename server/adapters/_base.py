@@ -6,15 +6,11 @@ the class that saved it (`layers.0...`), so two names are the same where one end
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from common.errors import ModelError, VectorError
-from common.models.weights import read_weights
+from common.errors import VectorError
 from server.adapters._read import CONFIG_FILE, Adapter, targeted
-
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+from server.folders import open_folder
 
 
 def check_base(folder: Path, adapter: Adapter) -> list[str]:
@@ -58,25 +54,10 @@ def _same(name: str, path: str) -> bool:
     return name == path or name.endswith(f".{path}") or path.endswith(f".{name}")
 
 
-def _matrices(folder: Path) -> dict[str, tuple[int, int]]:
+def _matrices(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every two-axis `NAME.weight` of a model folder, by NAME."""
-    found = {}
-    for file in _files(folder):
-        for entry in read_weights(file):
-            if len(entry.shape) == 2 and entry.name.endswith(".weight"):
-                found[entry.name.removesuffix(".weight")] = (entry.shape[0], entry.shape[1])
-    return found
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / _ONE_FILE).is_file():
-        return [folder / _ONE_FILE]
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted({Path(name).name for name in index["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(
-            f"{folder}: neither {_ONE_FILE} nor a readable {_INDEX}",
-            next_step="give a folder that save_pretrained wrote (safetensors)",
-        ) from None
-    return [folder / name for name in names]
+    return {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in open_folder(folder).tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight")
+    }

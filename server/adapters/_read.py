@@ -90,11 +90,6 @@ class Adapter:
             return as_float32(file.read(entry.end - entry.start), entry.dtype).reshape(entry.shape)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether `folder` is a PEFT adapter rather than a model."""
-    return (folder / CONFIG_FILE).is_file()
-
-
 def read_adapter(label: str, folder: Path) -> Adapter:
     """The adapter in `folder`, every value looked at once.
 

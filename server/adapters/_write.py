@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.errors import ConfigError
-from common.files import fsync_folder, sha256_file, storage_errors
+from common.files import replace_folder, sha256_file, storage_errors
 from server.adapters._factors import LowRank
 from server.adapters._read import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 
@@ -74,19 +74,9 @@ def write_adapter(
             for file in stage.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-            _swap(stage, out)
+            replace_folder(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.replace(old)
-    stage.replace(out)
-    fsync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, VectorError
+from common.errors import ConfigError, VectorError, suggest
 from common.models.base import WEIGHTS, model_digest
 from common.progress import NO_REPORT, Report
 from server.adapters._base import check_base
@@ -141,9 +140,10 @@ def _weights(rule: AdapterMethod, labels: list[str], weights: Weights) -> dict[s
         weights = dict(zip(labels, weights, strict=True))
     for label in weights:
         if label not in labels:
-            near = difflib.get_close_matches(label, labels, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(labels)}"
-            raise ConfigError(f"a weight for {label!r}, which is no adapter here", next_step=hint)
+            raise ConfigError(
+                f"a weight for {label!r}, which is no adapter here",
+                next_step=suggest(label, labels, otherwise="there are {}"),
+            )
     for label in labels:
         weight: Any = weights.get(label)
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)

@@ -27,7 +27,8 @@ from server.adapters._factors import LowRank, distance, stack, truncate
 from server.adapters._knots import align
 from server.adapters._lazy import Lazy
 from server.adapters._read import Adapter
-from server.merging import Floats, Options, unknown_name
+from server.merging import Floats, unknown_name
+from server.merging._models import Options
 
 __all__ = ["AdapterMethod", "Merged", "adapter_methods", "find", "resolve"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import storage_errors
-from server.engine.folders import ModelFolder
+from server.folders import ModelFolder
 from server.merging import Method
 
 LIMITS = """\

@@ -7,6 +7,20 @@ from typing import Any
 
 from server.merging import Method, methods, unknown_name
 
+_LEARNED = """\
+Coefficients of the vectors, learned on pseudo-users that are made from the catalogs.
+
+Steps and the rest are in the recipe's [learning] section, as in a run's configuration. Each step is a forward
+and a backward pass of the merged model."""
+_LEARNED_EQUATION = "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient"
+_CHOSEN = """\
+Merges by every candidate and keeps the one that ranks most as the fine-tuned models do.
+
+They rank items for pseudo-users whose items no candidate was learned on. A candidate that falls short by more
+than `margin` in any domain is out; of the others the best average wins. Costs what its candidates cost, and
+one ranking of each."""
+_CHOSEN_EQUATION = "argmax_c mean_d NDCG@10(c, d) over c with max_c' NDCG@10(c', d) - NDCG@10(c, d) <= margin"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -69,25 +83,21 @@ def _training_free(method: Method) -> Explanation:
 def _memory(method: Method) -> str:
     if method.needs:
         return "all vectors"
-    return "one tensor of every model" if method.unit == "tensor" else "a few MB, whatever the models' size"
+    return "one tensor of every model" if method.unit == "tensor" else "a block (256 KB) of every model"
 
 
 def _learned() -> list[Explanation]:
     from common.config import MergeMethod
+    from server.learning.options import AUTO
     from server.merge import LEARNED_PAPERS, check_method
 
-    equation = "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient"
-    summary = (
-        "Coefficients of the vectors, learned on pseudo-users that are made from the catalogs.\n\n"
-        "Steps and the rest are in the recipe's [learning] section, as in a run's configuration. Minutes."
-    )
     return [
         Explanation(
             name,
             "models",
-            summary,
+            _CHOSEN if name == AUTO else _LEARNED,
             paper,
-            equation,
+            _CHOSEN_EQUATION if name == AUTO else _LEARNED_EQUATION,
             check_method(MergeMethod(method=name)),
             "the catalog of every model",
             "all vectors",

@@ -13,10 +13,10 @@ import numpy as np
 
 from common.errors import ConfigError, VectorError
 from server.engine.digests import stamp
-from server.engine.folders import FLOATS, ModelFolder, Stored, match_model, open_folder
 from server.engine.recipe import Recipe
 from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import item_size
+from server.folders import FLOATS, ModelFolder, Stored, match_model, open_folder
 
 KEY_VERSION = 1
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from common.errors import ConfigError, ModelError
 from common.progress import Report
-from server.engine.folders import WEIGHTS
 from server.engine.stream import FolderVectors
+from server.folders import WEIGHTS
 from server.merging._vectors import Floats
 
 if TYPE_CHECKING:

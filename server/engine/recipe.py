@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, suggest
 
 Options = dict[str, float | int | str | bool]
 
@@ -116,10 +116,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str, folder: Path, out: Path 
 
 def unknown_key(where: str, key: str, known: Collection[str]) -> ConfigError:
     """The error for a key that nobody knows, with the nearest known one."""
-    import difflib
-
-    near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+    hint = suggest(key.rpartition(".")[2], known, otherwise="known keys here: {}")
     return ConfigError(f"{where}: unknown key {key!r}", next_step=hint)
 
 

@@ -20,12 +20,12 @@ from common.files import storage_errors
 from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
-from server.engine.folders import FLOATS, is_adapter
 from server.engine.inputs import Inputs, check_catalogs, check_out, merge_key
 from server.engine.recipe import Recipe
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
 from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import WeightWriter
+from server.folders import FLOATS, is_adapter
 from server.merging import Method, find, prepare, unknown_name
 from server.merging._vectors import BLOCK_VALUES, Floats
 
@@ -149,10 +149,7 @@ def _write_merge(
     flushed = writer.bytes_written
     for block in vectors.blocks(method.unit):
         last = block.start + block.tau_NX.shape[1]
-        values = kernel(block)
-        if method.splits:
-            values = values.sum(0)
-        writer.add(block.name, block.start, vectors.base_X, values.reshape(-1))
+        writer.add(block.name, block.start, vectors.base_X, kernel(block).reshape(-1))
         done = place[block.name] + 1
         if last == math.prod(block.shape):
             report(phase="merge", step=done, total=len(place))

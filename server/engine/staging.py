@@ -12,14 +12,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from common.errors import ConfigError, StorageError
-from common.files import fsync_folder, storage_errors, write_all
-from server.engine.folders import ModelFolder
+from common.files import replace_folder, restore_folder, storage_errors, write_all
+from server.folders import ModelFolder
 
 CHECKPOINT_BYTES = 256 << 20
 _OURS = ("config.json", "modules.json", "adapter_config.json", "merge.json")
@@ -66,7 +67,7 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or isinstance(error, Exception):  # Ctrl-C keeps what is done
-            _remove(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             self._journal_path.unlink(missing_ok=True)
         os.close(self._journal)
 
@@ -79,16 +80,8 @@ class Staging:
 
     def publish(self, *, durable: bool) -> None:
         """Put the folder in the place of the output folder; `durable`: and flush that to the disk."""
-        with storage_errors(self.out):
-            _remove(self.work)
-            old = self.out.with_name(f".{self.out.name}.old")
-            _remove(old)
-            if self.out.exists():
-                self.out.replace(old)
-            self.folder.replace(self.out)
-            if durable:
-                fsync_folder(self.out.parent)
-            _remove(old)
+        shutil.rmtree(self.work, ignore_errors=True)
+        replace_folder(self.folder, self.out, durable=durable)
 
     def _resume(self) -> None:
         lines = _read_lines(self._journal_path)
@@ -96,7 +89,7 @@ class Staging:
             if len(lines) > 1:
                 self.done_tensors, self.state = int(lines[-1]["tensors"]), dict(lines[-1]["state"])
             return
-        _remove(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         os.ftruncate(self._journal, 0)
         write_all(self._journal, (json.dumps({"key": self._key}) + "\n").encode("ascii"))
@@ -132,13 +125,6 @@ def check_space(out: Path, wanted_bytes: int) -> None:
         )
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _is_companion(name: str) -> bool:
     if name in _NOT_COPIED or name.endswith(".index.json") or name.startswith("."):
         return False
@@ -146,9 +132,7 @@ def _is_companion(name: str) -> bool:
 
 
 def _check_out(out: Path, *, force: bool) -> None:
-    old = out.with_name(f".{out.name}.old")
-    if old.is_dir() and not out.exists():
-        old.replace(out)  # killed between the two renames of `publish`
+    restore_folder(out)
     if not out.exists():
         return
     if not force:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ModelError, VectorError
-from server.engine.folders import FLOATS, ModelFolder, Stored
+from server.folders import FLOATS, ModelFolder, Stored
 from server.merging._vectors import BLOCK_VALUES, Block, Floats
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}

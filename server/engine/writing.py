@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from common.errors import VectorError
 from common.files import storage_errors
-from server.engine.folders import FLOATS, ModelFolder, Stored, WeightFile
 from server.engine.stream import ITEM_BYTES, Reader
-from server.merging._vectors import BLOCK_VALUES, Floats
+from server.folders import FLOATS, ModelFolder, Stored, WeightFile
+from server.merging._vectors import BLOCK_VALUES, Floats, is_finite
 
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
+BFLOAT16_LIMIT = (2 - 2**-8) * 2.0**127  # from here on the nearest bfloat16 is infinite
 NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0, and the smallest of all as a signed integer
 
 
@@ -135,7 +136,7 @@ class WeightWriter:
                 half_X = merged_X.astype(np.float16)
             finite = bool(np.isfinite(half_X).all())
         else:
-            finite = _is_finite(merged_X)
+            finite = is_finite(merged_X) and (dtype != "BF16" or _fits_bfloat16(merged_X))
         if not finite:
             raise VectorError(
                 f"tensor {name!r}: a merged value is beyond the range of {dtype}",
@@ -181,6 +182,6 @@ def _sum(base_X: Floats, tau_X: Floats, buffer: Floats) -> Floats:
     return merged_X
 
 
-def _is_finite(values_X: Floats) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(values_X, values_X))) or bool(np.isfinite(values_X).all())
+def _fits_bfloat16(values_X: Floats) -> bool:
+    """Whether no (finite) value rounds to infinity: such lie beyond the largest bfloat16 by half a step."""
+    return not values_X.size or max(float(values_X.max()), -float(values_X.min())) < BFLOAT16_LIMIT

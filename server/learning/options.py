@@ -13,7 +13,8 @@ from common.errors import ConfigError
 from server.learning.coefficients import Granularity
 from server.learning.losses import LOSSES
 from server.learning.optimise import PLAIN
-from server.merging import Options, methods, processes
+from server.merging import methods, processes
+from server.merging._models import Options
 
 AUTO = "auto"
 AUTO_PAPER = "Isthmus: chosen on held-back pseudo-users by agreement with the teachers"

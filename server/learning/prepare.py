@@ -81,7 +81,7 @@ def check_catalogs(taus: Mapping[str, object], catalogs: Mapping[str, Catalog]) 
         if domain not in catalogs:
             raise DataError(
                 f"domain {domain!r} has a task vector but no catalog",
-                next_step="learned merging needs the catalog of every domain; or use a training-free method",
+                next_step="this merge method needs the catalog of every domain; or use one that needs none",
             )
 
 

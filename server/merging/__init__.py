@@ -3,7 +3,7 @@
 A method is a small typed function of N task vectors and its options that returns a *kernel*: a function
 from one block of the vectors (`tau_NX`: N vectors by X values) to the merged values of that block. What
 needs a look at whole vectors first (a threshold) takes it before it returns the kernel. So memory is a
-few blocks, whatever N and the model's size. Adding a method means adding one file here:
+block of every vector, whatever the model's size. Adding a method means adding one file here:
 
     @merge_method("median", paper="...", equation="tau = median_d tau_d")
     def median(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
@@ -33,28 +33,25 @@ import importlib
 import importlib.util
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from common.errors import ConfigError
+from common.errors import ConfigError, suggest
 from server.merging._options import (
     Bounds,
     Density,
     Probability,
     Weight,
     as_arguments,
-    options_base,
-    options_model,
     resolve,
 )
 from server.merging._vectors import Block, Floats, Grams, InMemory, Vectors
 
 if TYPE_CHECKING:
-    from common.config import Frozen
-    from common.config import Frozen as Options
+    from server.merging._models import Options
 
 __all__ = [
     "PROCESS_INITIAL",
@@ -66,13 +63,11 @@ __all__ = [
     "InMemory",
     "Kernel",
     "Method",
-    "Options",
     "Probability",
     "Vectors",
     "Weight",
     "merge",
     "merge_method",
-    "merged_blocks",
     "methods",
     "prepare",
     "process_vectors",
@@ -105,8 +100,10 @@ class Method:
         return inspect.getdoc(self.plan) or ""
 
     @functools.cached_property
-    def options(self) -> type[Frozen]:
+    def options(self) -> type[Options]:
         """A strict pydantic model of the options."""
+        from server.merging._models import options_model
+
         return options_model(self.name, self.plan)
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,11 +163,17 @@ def find(name: str) -> Method:
 def prepare(
     method: Method, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
 ) -> Kernel:
-    """The kernel of `method` for these vectors, its options checked.
+    """The kernel of `method` for these vectors, its options checked: one block in, its merged values out.
 
-    Raises ConfigError for an unknown or impossible option, or where the method needs Gram matrices and
-    there are none; VectorError for vectors that cannot be merged.
+    The values are [X] or of the block's shape. Raises ConfigError for an unknown or impossible option, or
+    where the method needs Gram matrices and there are none; VectorError for vectors that cannot be merged.
     """
+    kernel = _plan(method, vectors, options, grams)
+    return (lambda block: kernel(block).sum(0)) if method.splits else kernel
+
+
+def _plan(method: Method, vectors: Vectors, options: Mapping[str, Any] | None, grams: Grams | None) -> Kernel:
+    """The kernel as the method's file wrote it: of a method that splits it gives [N, X]."""
     checked = method.resolve(options or {})
     arguments: list[Any] = [vectors]
     if method.needs == "grams":
@@ -183,24 +186,15 @@ def prepare(
     return method.plan(*arguments, **as_arguments(method.plan, checked))
 
 
-def merged_blocks(
-    name: str, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
-) -> Iterator[tuple[Block, Floats]]:
-    """Every block of `vectors` in order with its merged values [X]. Errors as `prepare`."""
-    method = find(name)
-    kernel = prepare(method, vectors, options, grams)
-    for block in vectors.blocks(method.unit):
-        result = kernel(block)
-        yield block, result.sum(0) if method.splits else result
-
-
 def merge(
     name: str, vectors: Vectors, options: Mapping[str, Any] | None = None, grams: Grams | None = None
 ) -> dict[str, Floats]:
     """The merged task vector in memory: add it to the base to get the merged model. Errors as `prepare`."""
+    method = find(name)
+    kernel = prepare(method, vectors, options, grams)
     merged = {tensor: np.empty(shape, np.float32) for tensor, shape in vectors.shapes.items()}
-    for block, values_X in merged_blocks(name, vectors, options, grams):
-        merged[block.name].reshape(-1)[block.start : block.stop] = values_X.reshape(-1)
+    for block in vectors.blocks(method.unit):
+        merged[block.name].reshape(-1)[block.start : block.stop] = kernel(block).reshape(-1)
     return merged
 
 
@@ -214,7 +208,7 @@ def process_vectors(
     known = processes()
     if name not in known:
         raise unknown_name("vector process", name, known)
-    kernel = prepare(known[name], vectors, options, grams)
+    kernel = _plan(known[name], vectors, options, grams)
     split: list[dict[str, Floats]] = [
         {tensor: np.empty(shape, np.float32) for tensor, shape in vectors.shapes.items()}
         for _ in vectors.labels
@@ -227,12 +221,7 @@ def process_vectors(
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest known one."""
-    import difflib
-
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    return ConfigError(f"unknown {what} {name!r}", next_step=hint)
+    return ConfigError(f"unknown {what} {name!r}", next_step=suggest(name, known))
 
 
 def _refuse_twice(name: str, function: Callable[..., object]) -> None:
@@ -251,10 +240,3 @@ def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"{__name__}.{module.name}")
-
-
-def __getattr__(attribute: str) -> Any:
-    """`Options`, the base of every model of options, is made when it is asked for (see `_options`)."""
-    if attribute == "Options":
-        return options_base()
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -2,21 +2,17 @@
 
 A method's keyword-only parameters say it: their annotations, with `Bounds` for numbers. Options that are
 plainly right are taken as they are; only where something has to be explained, or a model of the options is
-asked for, is pydantic imported, because that takes longer than a small merge.
+asked for, is pydantic imported (with `_models`), because that takes longer than a small merge.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-if TYPE_CHECKING:
-    from common.config import Frozen
+from typing import Annotated, Any, Literal
 
 Function = Callable[..., object]
 
@@ -76,37 +72,11 @@ def resolve(name: str, function: Function, options: Mapping[str, Any]) -> dict[s
             _is_plain(hints[key], value) for key, value in spelt.items()
         ):
             from common.config import validate
+            from server.merging._models import options_model
 
             found = validate(dict(options), options_model(name, function), where=f"merge method {name!r}")
             return found.model_dump()
     return {key: _typed(options.get(key, default), default) for key, default in known.items()}
-
-
-@functools.cache
-def options_base() -> type[Frozen]:
-    """The model that all models of options inherit: strict, without silent conversions."""
-    from pydantic import ConfigDict
-
-    from common.config import Frozen
-
-    class Options(Frozen):
-        """Options of one method, made from its function's keyword-only parameters."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    return Options
-
-
-@functools.cache
-def options_model(name: str, function: Function) -> type[Frozen]:
-    """A strict pydantic model of the keyword-only parameters of `function`; each must have a default."""
-    from pydantic import create_model
-
-    hints = typing.get_type_hints(function, include_extras=True)
-    spelt = as_arguments(function, defaults(function))
-    fields: dict[str, Any] = {key.removesuffix("_"): (hints[key], default) for key, default in spelt.items()}
-    model: Any = create_model(f"{name} options", __base__=options_base(), **fields)
-    return typing.cast("type[Frozen]", model)
 
 
 def _is_plain(hint: Any, value: Any) -> bool:

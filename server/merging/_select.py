@@ -1,14 +1,14 @@
-"""The k-th largest magnitude of a whole vector, exactly, without holding the vector.
+"""The k-th largest magnitude of whole vectors, exactly, without holding them.
 
-A sample gives a narrow bracket around the threshold; a pass over the vector counts what lies above the
+A sample gives a narrow bracket around the threshold; a pass over the vectors counts what lies above the
 bracket and keeps what lies in it, of which the answer is one. Should the bracket miss, it is widened and
-read again. Memory is the bracket's values: about a percent of the vector, a few where it is small.
+read again. Memory is the bracket's values: about a percent of each vector, a few where it is small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy as np
 from server.merging._vectors import Floats, Vectors
 
 SAMPLE = 1 << 16
-Read = Callable[[], Iterator[Floats]]
 
 
 @runtime_checkable
@@ -112,36 +111,3 @@ def _strided(vectors: Vectors, total: int) -> Floats:
 def _margin(count: int) -> float:
     """Eight standard errors of a share, at most a half, of `count` draws; in places."""
     return 8 * math.sqrt(count) / 2 + 8
-
-
-def kth_largest(read: Read, total: int, k: int) -> np.float32:
-    """The k-th largest magnitude (k from 1) of the `total` values that `read()` gives."""
-    sample = _sample(read, total)
-    place = (total - k) / total * len(sample)  # where the answer would be in the sorted sample
-    margin = _margin(len(sample))
-    while True:
-        low = sample[int(place - margin)] if place - margin >= 0 else np.float32(-1)
-        high = sample[int(place + margin)] if place + margin < len(sample) else np.float32(np.inf)
-        above, kept = 0, []
-        for values_X in read():
-            magnitude_X = np.abs(values_X)
-            inside_X = magnitude_X[magnitude_X >= low]
-            above += int(np.count_nonzero(inside_X > high))
-            kept.append(inside_X[inside_X <= high])
-        inside = np.concatenate(kept)
-        rank = k - above  # among those inside, counted from the largest
-        if 1 <= rank <= len(inside):
-            return np.float32(np.partition(inside, len(inside) - rank)[len(inside) - rank])
-        if low < 0 and high == np.inf:
-            return np.float32(np.nan)  # some values are NaN: whoever reads the blocks refuses them by name
-        margin *= 4
-
-
-def _sample(read: Read, total: int) -> Floats:
-    """About `SAMPLE` magnitudes at even distances, sorted."""
-    stride = max(1, total // SAMPLE)
-    picked, offset = [], 0
-    for values_X in read():
-        picked.append(np.abs(values_X[offset::stride]))
-        offset = (offset - len(values_X)) % stride
-    return np.sort(np.concatenate(picked))

@@ -1,7 +1,7 @@
 """What merge methods read: N task vectors over the same tensors, block by block.
 
 `Vectors` is the one interface; `InMemory` holds arrays (the federation's admitted vectors), and
-`server.engine.folders` streams them from model folders. Every block that a source gives out has been
+`server.folders` streams them from model folders. Every block that a source gives out has been
 checked: floating point, finite. Blocks have fixed borders (`BLOCK_VALUES` from the start of each tensor),
 so what is drawn for a block from a seed does not depend on who reads it.
 """
@@ -163,11 +163,17 @@ def check_alike(tables: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]])
                 )
 
 
+def is_finite(values_X: Floats) -> bool:
+    """Whether no value is NaN or infinite."""
+    # a sum of squares is finite nearly always, and costs a fraction of looking at each value
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(np.dot(values_X, values_X))) or bool(np.isfinite(values_X).all())
+
+
 def check_finite(block: Block) -> None:
     """Raise VectorError where a value of the block is NaN or infinite."""
     for label, tau_X in zip(block.labels, block.tau_NX, strict=True):
-        # a sum of squares is finite nearly always, and costs a fraction of looking at each value
-        if not math.isfinite(float(np.dot(tau_X, tau_X))) and not bool(np.isfinite(tau_X).all()):
+        if not is_finite(tau_X):
             raise VectorError(
                 f"task vector {label}, tensor {block.name!r}: holds NaN or infinite values",
                 next_step="ask the domain to fine-tune again; its training diverged",

@@ -31,7 +31,8 @@ def localize_and_stitch(vectors: Vectors, *, density: Density = 0.05) -> Kernel:
     """Keep the largest entries of each vector and average them where several vectors keep one.
 
     The data-free variant; the one that trains its masks needs a domain's private data. Needs nothing else.
-    Up to three passes over the files: two find each vector's threshold.
+    Two passes over the files, after a sample: the first finds each vector's threshold,
+    and holds about a percent of each vector, or a few where it is small.
     """
     threshold_N1 = largest(vectors, density)[:, None]
 

@@ -31,7 +31,8 @@ from server.merging._select import largest
 def ties(vectors: Vectors, *, density: Density = 0.2, lambda_: Weight = 1.0) -> Kernel:
     """Keep the largest entries of each vector, elect a sign at each position, average what agrees.
 
-    Needs nothing else. Three passes over the files: two find each vector's threshold.
+    Needs nothing else. Two passes over the files, after a sample: the first finds each vector's threshold,
+    and holds about a percent of each vector, or a few where it is small.
     """
     threshold_N = largest(vectors, density)
 

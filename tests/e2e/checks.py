@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,14 @@ PEM_BODY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(.+?)-----END", re.DO
 PRIVATE_FILES = ("identity.key", "tls.key", "flower.key", "ca.key", "superexec.secret")
 
 
-def check_summary(summary: dict[str, Any], domains: Sequence[str], rows: Sequence[str]) -> None:
-    """Every row has every metric of every domain; a tiny model may miss in one row, not in every row."""
+def check_summary(summary: dict[str, Any], domains: Iterable[str], rows: Iterable[str]) -> None:
+    """Every row has every metric of every domain, within (0, 1]."""
     assert set(rows) <= set(summary["results"])
     for row in rows:
         assert set(summary["results"][row]) == set(domains), row
         for domain, metrics in summary["results"][row].items():
             assert set(metrics) == {"recall@10", "ndcg@10"}, (row, domain)
-            assert 0.0 <= metrics["ndcg@10"] <= metrics["recall@10"] <= 1.0, (row, domain, metrics)
-    for domain in domains:
-        assert any(summary["results"][row][domain]["ndcg@10"] > 0 for row in rows), domain
+            assert all(0.0 < value <= 1.0 for value in metrics.values()), (row, domain, metrics)
 
 
 def check_model(folder: Path) -> None:

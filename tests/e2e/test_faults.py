@@ -101,9 +101,7 @@ def _trains_since(status: dict[str, Any], before_s: float) -> bool:
 def test_cut_link_then_kill_during_upload(
     federate: Callable[[Path], Federation], make_pico: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = make_pico(
-        tmp_path / "wide", hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4
-    )
+    base = make_pico(tmp_path / "wide", hidden_size=192, intermediate_size=7000)  # a vector of 11 MB
     federation = federate(base)
     federation.init()
     federation.server_up()

@@ -207,6 +207,21 @@ def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
         merge(folders, "task-arithmetic", options={"lambda": 3e38}, dtype="fp32")
 
 
+def test_the_last_value_that_bfloat16_rounds_to_a_number(tmp_path: Path) -> None:
+    largest = np.float32((2 - 2**-7) * 2.0**127)
+    limit = np.float32((2 - 2**-8) * 2.0**127)  # halfway to the next: its nearest bfloat16 is infinite
+    folders = {"base": write_model(tmp_path / "base", {"w": np.zeros(2, np.float32)})}
+    for sign in (1, -1):
+        below = np.full(2, sign * np.nextafter(limit, np.float32(0)), np.float32)
+        folders["m"] = write_model(tmp_path / f"below{sign}", {"w": below})
+        merge(folders, "weight-averaging", dtype="bf16", force=True)
+        bits = (tmp_path / "out" / "model.safetensors").read_bytes()[-4:]
+        assert np.frombuffer(bits, np.uint16).astype(np.uint32)[0] << 16 == (sign * largest).view(np.uint32)
+        folders["m"] = write_model(tmp_path / f"at{sign}", {"w": np.full(2, sign * limit, np.float32)})
+        with pytest.raises(VectorError, match="beyond the range of BF16"):
+            merge(folders, "weight-averaging", dtype="bf16", force=True)
+
+
 def test_odd_inputs_are_defined_and_warned_of(family: Family, tmp_path: Path) -> None:
     alone = {label: family[label] for label in ("base", "toys")}
     assert merge(alone, "weight-averaging")["warnings"] == [

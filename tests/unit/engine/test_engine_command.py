@@ -170,6 +170,8 @@ def test_every_method_is_explained() -> None:
     assert all(entry["summary"] and entry["paper"] and entry["equation"] for entry in found.values())
     assert found["ties"]["options"] == {"density": 0.2, "lambda": 1.0}
     assert found["regmean"]["needs"] == "the catalog of every model"
+    assert "keeps the one" in found["auto"]["summary"]
+    assert "learned on pseudo-users" in found["mergerec"]["summary"]
     text = run("--explain", "ties").stdout
     assert "density = 0.2" in text
     assert "Yadav" in text

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from server.merging import Block, Floats, InMemory, merge, merged_blocks
+from server.merging import Block, Floats, InMemory, merge
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mergekit" / "merges.safetensors"
 MODELS, TENSORS = ["a", "b", "c"], ["bias", "matrix", "tiny"]
@@ -81,10 +81,7 @@ class WithMasks(InMemory):
             yield Given(block.name, block.shape, block.start, block.tau_NX, block.labels, masks_NX)
 
     def merge(self, method: str, **options: Any) -> dict[str, np.ndarray]:
-        return {
-            block.name: values_X.reshape(block.shape)
-            for block, values_X in merged_blocks(method, self, {k.rstrip("_"): v for k, v in options.items()})
-        }
+        return merge(method, self, {k.rstrip("_"): v for k, v in options.items()})
 
 
 def close(ours: np.ndarray, theirs: np.ndarray, *, but: slice | None = None) -> None:

@@ -24,6 +24,7 @@ from common.errors import BaseMismatchError, ModelError, VectorError
 from common.models.weights import FLOAT_DTYPES, read_weights
 
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 FLOATS = frozenset({"F32", "BF16", "F16"})
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.bin")
@@ -82,7 +83,7 @@ class ModelFolder:
 
 def is_adapter(path: Path) -> bool:
     """Whether `path` is a PEFT adapter rather than a full model."""
-    return (path / "adapter_config.json").is_file()
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 def open_folder(path: Path) -> ModelFolder:
