@@ -20,7 +20,7 @@ from typing import Any, Literal
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
-from clients.serving import install, set_own_model
+from clients.serving import COMPARISON, OWN, install, set_own_model
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
@@ -87,7 +87,7 @@ class Actions:
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
             self._send(order, Kind.TASK_VECTOR, Path(result["vector_path"]), codec, facts)
-        set_own_model(self._home.path, Path(result["model_folder"]))
+        set_own_model(self._home.path, Path(result["model_folder"]), order.config)
         self._send_metrics(order, result)
 
     def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
@@ -125,9 +125,25 @@ class Actions:
             kept = universal.model_copy(update={"label": UNIVERSAL, "keep": True})
             result = self._job(order, base, "candidates", [kept])
             composed = Path(result["evaluations"][UNIVERSAL]["model_folder"])
-            install(self._home.path, composed, base, universal.model_digest)
+            digest = universal.model_digest
+            installed = install(self._home.path, composed, base, digest, config=order.config)
             shutil.rmtree(composed)
+        self._compare(order, installed, result["evaluations"][UNIVERSAL]["metrics"])
         self._send_metrics(order, result)
+
+    def _compare(self, order: Order, installed: Path, universal: Mapping[str, float]) -> None:
+        """Keep beside the model how it and the domain's own do on the test users; say where it is worse."""
+        path = self._home.work(order.run) / "evaluations" / f"{FINE_TUNED}.json"
+        if not path.is_file():
+            return  # this owner did not fine-tune in this run
+        own = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        record = {UNIVERSAL: dict(universal), OWN: own}
+        write_atomic(installed / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
+        metric = f"ndcg@{order.config.evaluation.k}"
+        if universal[metric] < own[metric]:
+            log.warning(
+                "the universal model ranks worse here than this domain's own model: see client status"
+            )
 
     def _fetch(self, order: Order) -> list[Candidate]:
         folder = self._home.work(order.run) / "candidates"

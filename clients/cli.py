@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from clients.data.domain import Domain
 from clients.home import ClientHome
+from common.console import progress_bars
 from common.errors import ConfigError
 from common.kit import read_kit
 from common.progress import read_status
 
 DEFAULT_HOME = Path("~/.isthmus/client")
+Which = Literal["universal", "own", "personal"]
 HomeOption = Annotated[
     Path, typer.Option("--home", envvar="ISTHMUS_CLIENT_HOME", help="the owner's home directory")
 ]
@@ -57,15 +60,17 @@ def up(home: HomeOption = DEFAULT_HOME) -> None:
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """What this owner is doing, and which model is installed."""
-    from clients.serving import current
+    from clients.serving import comparison, current
 
     opened = _open(home)
     installed = current(opened.path)
+    compared = None if installed is None else comparison(installed)
     record = {
         "domain": opened.config.domain,
         "server": opened.config.server.name,
         "now": read_status(opened.status_path),
         "model": None if installed is None else str(installed),
+        "comparison": compared,
     }
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -75,6 +80,8 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         f"{opened.config.domain}: {now.get('phase', 'idle')} {now.get('step', '')}/{now.get('total', '')}"
     )
     typer.echo(f"model: {record['model'] or 'none installed'}")
+    if compared is not None:
+        typer.echo(_compared(compared))
 
 
 @app.command()
@@ -86,28 +93,38 @@ def rollback(home: HomeOption = DEFAULT_HOME) -> None:
 
 
 @app.command()
+def interpolate(home: HomeOption = DEFAULT_HOME) -> None:
+    """Make a personal model between the universal one and your own; it stays here."""
+    from clients.personal import interpolate as do_interpolate
+
+    opened = _open(home)
+    with progress_bars() as report:
+        found = do_interpolate(opened.path, Domain.load(opened.data_folder), report)
+    table = Table("share of own", *next(iter(found.metrics.values())), "", box=None)
+    for share, metrics in found.metrics.items():
+        mark = "chosen" if float(share) == found.own_share else ""
+        table.add_row(share, *(f"{value:.4f}" for value in metrics.values()), mark)
+    Console().print(table)
+    typer.echo("on validation users; next: isthmus client recommend --model personal --history ITEM,ITEM")
+
+
+@app.command()
 def recommend(
     history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")],
     k: Annotated[int, typer.Option("-k", min=1, help="how many items")] = 10,
     compare: Annotated[
         bool, typer.Option("--compare", help="beside the domain's own fine-tuned model")
     ] = False,
+    model: Annotated[Which, typer.Option(help="universal; own; or personal, see interpolate")] = "universal",
     home: HomeOption = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Items that the installed universal model recommends after a history."""
-    from clients.serving import current, own_model
+    """Items that the installed universal model (or another of yours) recommends after a history."""
     from clients.serving import recommend as do_recommend
 
     opened = _open(home)
-    installed = current(opened.path)
-    if installed is None:
-        raise ConfigError(
-            "no universal model is installed", next_step="take part in a run: isthmus client up"
-        )
-    models = {"universal": installed}
-    if compare:
-        models["own"] = own_model(opened.path)
+    names = list(dict.fromkeys([model, "own"] if compare else [model]))
+    models = {name: _model(opened, name) for name in names}
     domain = Domain.load(opened.data_folder)
     items = [item.strip() for item in history.split(",") if item.strip()]
     found = {name: do_recommend(folder, domain, items, k) for name, folder in models.items()}
@@ -123,6 +140,39 @@ def recommend(
         for place, (item, title, score) in enumerate(ranked, 1):
             table.add_row(str(place), item, title, f"{score:.4f}")
         Console().print(table)
+
+
+def _model(home: ClientHome, name: str) -> Path:
+    """The folder of one of the owner's models. Raises ConfigError or ModelError where it has none."""
+    from clients.personal import personal_model
+    from clients.serving import current, own_model
+
+    installed = current(home.path)
+    if name == "own":
+        return own_model(home.path)
+    if installed is None:
+        raise ConfigError(
+            "no universal model is installed", next_step="take part in a run: isthmus client up"
+        )
+    if name == "universal":
+        return installed
+    folder, personal = personal_model(home.path)
+    if personal.universal_digest != installed.name:
+        typer.echo("the personal model is of an older universal model: isthmus client interpolate", err=True)
+    return folder
+
+
+def _compared(record: Mapping[str, Mapping[str, float]]) -> str:
+    """The universal model beside the domain's own, on test users; worse is said plainly."""
+    universal, own = record["universal"], record["own"]
+    pairs = ", ".join(f"{name} {universal[name]:.4f}, own model {own[name]:.4f}" for name in universal)
+    ndcg = next(name for name in universal if name.startswith("ndcg"))
+    if universal[ndcg] >= own[ndcg]:
+        return f"universal model here: {pairs}"
+    return (
+        f"universal model here: {pairs}\n"
+        "it ranks worse than your own; next: isthmus client interpolate, or rollback"
+    )
 
 
 def _open(home: Path) -> ClientHome:

@@ -5,7 +5,7 @@ keys/           identity (Ed25519), TLS key and certificate, Flower node key; th
 ledger.jsonl    every crossing;  journal.jsonl  what was done, so that nothing is done twice
 work/fits/      fine-tunings: checkpoints, vector, model
 work/<run>/     evaluations and per-user results of one run;  outbox/  parcels as they were sent
-models/         installed universal models, `current` and the previous one; `own` fine-tuned ones
+models/         installed universal models, `current` and the previous one; `own` and `personal` ones
 flower/, logs/, empty/, status.json
 """
 

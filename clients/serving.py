@@ -4,7 +4,10 @@
     models/current               the one in use: a symbolic link, switched by one rename
     models/previous              the one before, for `rollback`
     models/own                   this domain's own fine-tuned model (a link into its work folder)
+    models/personal/             between the two, where the owner asked for it (`clients.personal`)
 
+Each holds `run.json` beside the model: the configuration of its run, for the text settings. A universal one
+also holds `comparison.json`: how it and the domain's own model do on the domain's test users.
 A model is named by its digest (`common.models.base.model_digest`), computed from what was written;
 it appears complete or not at all, and a model whose digest is not the announced one is not installed.
 """
@@ -12,6 +15,7 @@ it appears complete or not at all, and a model whose digest is not the announced
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import secrets
 import shutil
@@ -19,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import TextSection
-from common.errors import BaseMismatchError, DataError, ModelError
-from common.files import fsync_folder, sha256_bytes, storage_errors
+from common.config import RunConfig, TextSection, validate
+from common.errors import BaseMismatchError, ConfigError, DataError, ModelError
+from common.files import fsync_folder, sha256_bytes, storage_errors, write_atomic
 from common.models.base import model_digest, save_model
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from common.models.encoder import Encoder, ItemTokens
 
 Recommendation = tuple[str, str, float]
+SETTINGS, COMPARISON = "run.json", "comparison.json"
+UNIVERSAL, OWN = "universal", "own"
 _README = "# Universal model\n\nInstalled by Isthmus.\n"
 
 
@@ -41,8 +47,11 @@ def install(
     digest: str | None = None,
     *,
     readme: str | None = None,
+    config: RunConfig | None = None,
 ) -> Path:
     """Install a universal model, given as a model folder or as tensors to put into the base.
+
+    `config` is that of the run which made it.
 
     Verifies that what was written has `digest` (None: whatever it has), switches `current` to it and
     keeps the one before. Returns the installed folder; installing the current one again changes
@@ -54,6 +63,7 @@ def install(
         and current(home) == models / "universal" / digest
         and model_digest(current_or_fail(home)) == digest
     ):
+        write_settings(models / "universal" / digest, config)
         return models / "universal" / digest
     staging = models / "universal" / f".staging-{secrets.token_hex(6)}"
     with storage_errors(staging):
@@ -73,6 +83,7 @@ def install(
                 shutil.rmtree(target)  # damaged since; the staged one was verified
             if not target.exists():
                 staging.replace(target)
+            write_settings(target, config)
             fsync_folder(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -113,8 +124,9 @@ def current_or_fail(home: Path) -> Path:
     return folder
 
 
-def set_own_model(home: Path, model_folder: Path) -> None:
-    """Remember where this domain's own fine-tuned model is."""
+def set_own_model(home: Path, model_folder: Path, config: RunConfig | None = None) -> None:
+    """Remember where this domain's own fine-tuned model is; `config` is that of the run."""
+    write_settings(model_folder, config)
     _link(_models(home) / "own", model_folder.resolve())
 
 
@@ -124,6 +136,34 @@ def own_model(home: Path) -> Path:
     if folder is None:
         raise ModelError("this domain has no fine-tuned model yet", next_step="take part in a run first")
     return folder
+
+
+def write_settings(model_folder: Path, config: RunConfig | None) -> None:
+    """Keep the configuration of the run that a model comes from beside it (None: leave what is there)."""
+    if config is not None:
+        content = json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+        write_atomic(model_folder / SETTINGS, content.encode())
+
+
+def settings_of(model_folder: Path) -> RunConfig:
+    """The configuration of the run that a model comes from; the defaults where none was kept.
+
+    Raises ConfigError where the file is damaged.
+    """
+    path = model_folder / SETTINGS
+    if not path.is_file():
+        return RunConfig()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{path}: not readable as JSON", next_step="install the model again") from None
+    return validate(data, RunConfig, where=str(path))
+
+
+def comparison(model_folder: Path) -> dict[str, dict[str, float]] | None:
+    """`{"universal": metrics, "own": metrics}` on the test users, as it was when the model came; or None."""
+    path = model_folder / COMPARISON
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def recommend(
@@ -138,16 +178,16 @@ def recommend(
 ) -> list[Recommendation]:
     """The `k` best next items after a history (item ids, **oldest first**): `(item id, title, score)`.
 
-    Scores are cosines; items of the history are left out unless `include_seen`. `cache` is a folder where
-    item embeddings are kept, by model and catalog. Raises DataError naming an unknown item and the
-    nearest known one, ModelError.
+    `text` None takes the settings of the model's run. Scores are cosines; items of the history are left out
+    unless `include_seen`. `cache` is a folder where item embeddings are kept, by model and catalog. Raises
+    DataError naming an unknown item and the nearest known one, ModelError.
     """
     import torch
 
     from clients.training.dataset import domain_tokens, recent_first
     from common.models.encoder import Encoder
 
-    text = text or TextSection()
+    text = text or settings_of(model_folder).text
     history = _indices(domain, history_item_ids)
     encoder = Encoder.load(model_folder, precision="auto")
     tokens = domain_tokens(encoder, domain, text)

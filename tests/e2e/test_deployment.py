@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from checks import check_ledgers, check_model, check_no_secret, check_summary, installed_digest
@@ -32,7 +33,7 @@ def test_a_federation_from_init_to_recommendations(federation: Federation) -> No
 
     _check_server(federation, run)
     for name in DOMAINS:
-        _check_client(federation, name, federation.summary(run)["published"])
+        _check_client(federation, name, federation.summary(run))
     check_ledgers(federation, DOMAINS)
     _check_secrets(federation)
 
@@ -63,12 +64,14 @@ def _check_server(federation: Federation, run: str) -> None:
     assert model_digest(folder / "model") == summary["published"]["model_digest"]
 
 
-def _check_client(federation: Federation, name: str, published: dict[str, str]) -> None:
-    home = federation.home(name)
+def _check_client(federation: Federation, name: str, summary: dict[str, Any]) -> None:
+    home, published, results = federation.home(name), summary["published"], summary["results"]
     assert installed_digest(federation, name) == published["model_digest"]
     status = json.loads(federation.ok("client", "status", "--home", home, "--json"))
     assert status["domain"] == name
     assert status["model"].endswith(published["model_digest"])
+    for row, theirs in (("universal", "universal"), ("own", "fine-tuned")):
+        assert status["comparison"][row] == pytest.approx(results[theirs][name])
 
     domain = Domain.load(federation.folder / "data" / name)
     history = ",".join(domain.item_ids[int(item)] for item in domain.train[0])
@@ -83,6 +86,8 @@ def _check_client(federation: Federation, name: str, published: dict[str, str]) 
         assert all(row["title"] for row in rows)
         scores = [row["score"] for row in rows]
         assert scores == sorted(scores, reverse=True)
+    assert "chosen" in federation.ok("client", "interpolate", "--home", home)
+    federation.ok("client", "recommend", "--home", home, "--history", history, "--model", "personal")
 
 
 def _check_secrets(federation: Federation) -> None:
