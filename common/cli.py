@@ -29,6 +29,7 @@ HELP = {
     "run": "start, watch and stop runs (on the merge server's host)",
     "server": "the merge server: init, invite, up, status",
     "simulate": "a whole federation on this machine, from a configuration",
+    "study": "tables of merge methods over domains and seeds, with their uncertainty",
 }
 OURS = {
     "client": "clients.cli:app",
@@ -38,11 +39,12 @@ OURS = {
     "run": "server.cli:run_app",
     "server": "server.cli:app",
     "simulate": "simulations.cli:simulate",
+    "study": "simulations.cli:study",
 }
 
 
 class LazyGroup(click.Group):
-    """A click group whose commands are entry points, imported when they are used."""
+    """A click group whose commands are imported when they are used: `OURS`, then entry points."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*OURS, *_others()})

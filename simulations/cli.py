@@ -1,4 +1,4 @@
-"""`isthmus simulate` and `isthmus demo`."""
+"""`isthmus simulate`, `isthmus demo` and `isthmus study`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from common.errors import ConfigError
+
 simulate = typer.Typer(add_completion=False)
 demo = typer.Typer(add_completion=False)
+study = typer.Typer(add_completion=False)
 
 
 @simulate.command()
@@ -40,3 +43,24 @@ def demo_command(
     from simulations.demo import run_demo
 
     run_demo(out, seed, fresh=fresh)
+
+
+@study.command()
+def study_command(
+    table: Annotated[str, typer.Argument(help="methods, slices, unseen, scarce or count")],
+    config: Annotated[Path, typer.Argument(help="a simulation's configuration, TOML")],
+    out: Annotated[Path, typer.Option(help="folder of the results; what is there already is not made again")],
+    seeds: Annotated[str, typer.Option(help="instead of run.seed; each draws its own users")] = "0,1,2",
+) -> None:
+    """Fine-tune, merge and evaluate in this process, and print one table with its uncertainty."""
+    from simulations.config import load_simulation
+    from simulations.study.run import run_study, shown
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {seeds!r}", next_step="write whole numbers: --seeds 0,1,2") from None
+    with shown(out) as report:
+        path = run_study(table, load_simulation(config), out, numbers, report)
+    typer.echo(path.read_text(encoding="utf-8"))
+    typer.echo(f"table: {path}")

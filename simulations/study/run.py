@@ -1,0 +1,102 @@
+"""Make one table of a study over several seeds: `out/TABLE.md` and `out/TABLE.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import ConfigError, suggest
+from common.files import write_atomic
+from common.progress import NO_REPORT, Report, StatusFile
+from server.merge import check_method
+from simulations.config import SimulationConfig
+from simulations.live import Progress
+from simulations.study.lab import Lab, Ranks
+from simulations.study.score import Rows, as_json, markdown, score, slices
+from simulations.study.tables import TABLES, compared_with
+
+PHASE = "study"
+
+
+def run_study(
+    table: str, config: SimulationConfig, out: Path, seeds: Sequence[int], report: Report = NO_REPORT
+) -> Path:
+    """Make the table in the folder `out`, which keeps all that it is made of; returns the Markdown's path.
+
+    Progress is told as one cell after another, in phase `PHASE`. Raises ConfigError, and what fine-tuning,
+    merging and evaluation raise.
+    """
+    if table not in TABLES:
+        raise ConfigError(f"unknown table {table!r}", next_step=suggest(table, TABLES))
+    if not seeds:
+        raise ConfigError("no seeds", next_step="name at least one")
+    for method in config.merge:
+        check_method(method)
+    started_s = time.monotonic()
+    cells = TABLES[table](config)
+    found: list[Rows] = []
+    labs = []
+    for seed in seeds:
+        seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+        lab = Lab(seeded, out, report)
+        rows: dict[str, dict[str, Ranks]] = {}
+        for number, cell in enumerate(cells):
+            report(phase=PHASE, step=len(found) * len(cells) + number, total=len(seeds) * len(cells))
+            rows.setdefault(cell.row, {})[cell.domain] = lab.ranks(cell)
+        found.append(rows)
+        labs.append(lab)
+    report(phase=PHASE, step=len(seeds) * len(cells), total=len(seeds) * len(cells))
+    if table == "slices":
+        names = [source.name for source in config.domain]
+        found = list(
+            slices(found, [_lengths(lab, names) for lab in labs], [_popularity(lab, names) for lab in labs])
+        )
+    k = config.evaluation.k
+    scored = score(found, k, lambda row: compared_with(table, row))
+    record = {
+        "schema": 1,
+        "table": table,
+        "seeds": list(seeds),
+        "config": config.model_dump(mode="json"),
+        "seconds": round(time.monotonic() - started_s, 1),
+        "rows": as_json(scored),
+    }
+    write_atomic(out / f"{table}.json", (json.dumps(record, indent=1) + "\n").encode())
+    path = out / f"{table}.md"
+    write_atomic(path, markdown(scored, k).encode())
+    return path
+
+
+@contextmanager
+def shown(out: Path) -> Iterator[Report]:
+    """A `Report` for `run_study` that draws two rows: the cells, and the work on the present one."""
+    cells, work = StatusFile(out / "status.json"), StatusFile(out / "work.json")
+    progress = Progress({"study": out / "status.json", "now": out / "work.json"})
+
+    def report(*, phase: str, **facts: Any) -> None:
+        (cells if phase == PHASE else work)(phase=phase, **facts)
+        progress()
+
+    with progress.shown():
+        yield report
+
+
+def _lengths(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
+    """Items in the history of every test user, the validation item among them."""
+    return {name: np.array([len(items) + 1 for items in lab.domain(name).train]) for name in names}
+
+
+def _popularity(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
+    """How often the item that every test user looks for is in the training histories."""
+    found = {}
+    for name in names:
+        domain = lab.domain(name)
+        counts_I = np.bincount(np.concatenate(domain.train), minlength=len(domain.item_ids))
+        found[name] = counts_I[domain.test].astype(np.int64)
+    return found
