@@ -90,6 +90,9 @@ class TrainingSection(Frozen):
     history_negatives: int = Field(
         0, ge=0, description="newest items of each history that are negatives; 0: no item of the history is"
     )
+    logq_correction: bool = Field(
+        False, description="take out of the loss that popular items are in-batch negatives more often"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="None keeps the base model's own")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     validation_users: int = Field(1000, ge=1, description="at most so many for early stopping")

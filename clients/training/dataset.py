@@ -79,6 +79,7 @@ class TrainingBatches(Dataset[Batch]):
                 next_step="use a domain whose users have at least two training interactions",
             )
         self.batch_size = min(config.training.batch_size, len(self._examples))
+        self._log_q_I = self._log_q() if config.training.logq_correction else None
         self._order: tuple[int, IntArray] | None = None
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class TrainingBatches(Dataset[Batch]):
             ]
         )
         item_ids, item_mask = self._encoder.batch([self._tokens.item(int(item)) for item in item_U])
-        return {
+        batch = {
             "history_ids_BT": history_ids,
             "history_mask_BT": history_mask,
             "item_ids_UT": item_ids,
@@ -139,6 +140,26 @@ class TrainingBatches(Dataset[Batch]):
             "target_B": torch.from_numpy(candidate_B.astype(np.int64)),
             "blocked_BU": torch.from_numpy(blocked_BU),
         }
+        if self._log_q_I is not None:
+            batch["log_q_U"] = torch.from_numpy(self._log_q_I[item_U])
+        return batch
+
+    def _log_q(self) -> npt.NDArray[np.float32]:
+        """For each item `log(1 - (1 - s)^B)`, s its share of the targets: how likely it is in a batch.
+
+        An item that is never a target (but may be a history negative) counts as half a target.
+        """
+        examples = self._examples
+        targets = [
+            self._domain.train[int(user)][int(position)]
+            for user, position in zip(examples.user_N, examples.position_N, strict=True)
+        ]
+        count_I = np.bincount(np.array(targets), minlength=len(self._domain.item_ids))
+        share_I = np.clip(np.maximum(count_I, 0.5) / len(examples), None, 1 - 1e-9)
+        log_q_I: npt.NDArray[np.float32] = np.log(-np.expm1(self.batch_size * np.log1p(-share_I))).astype(
+            np.float32
+        )
+        return log_q_I
 
 
 def data_digest(domain: Domain, text: TextSection) -> str:

@@ -9,15 +9,25 @@ from common.models.encoder import Encoder
 
 
 def in_batch_loss(
-    z_BE: Tensor, item_UE: Tensor, target_B: Tensor, blocked_BU: Tensor, temperature: float
+    z_BE: Tensor,
+    item_UE: Tensor,
+    target_B: Tensor,
+    blocked_BU: Tensor,
+    temperature: float,
+    log_q_U: Tensor | None = None,
 ) -> Tensor:
     """Mean over the batch of `-log softmax_u(z . e_u / temperature)[target]`.
 
     `item_UE` are the U distinct candidates of the batch, `target_B` each row's own among them;
     candidates where `blocked_BU` is True are left out of that row's softmax. Embeddings are unit-norm.
+    `log_q_U`, the logarithm of the probability that a candidate is in a batch, is subtracted from its logits
+    (Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, eq. 3): without it popular items are
+    negatives more often than others, and the scores learn to hold their popularity against them.
     """
-    logits_BU = (z_BE @ item_UE.T / temperature).masked_fill(blocked_BU, -torch.inf)
-    return nn.functional.cross_entropy(logits_BU, target_B)
+    logits_BU = z_BE @ item_UE.T / temperature
+    if log_q_U is not None:
+        logits_BU = logits_BU - log_q_U
+    return nn.functional.cross_entropy(logits_BU.masked_fill(blocked_BU, -torch.inf), target_B)
 
 
 class TwoTower(nn.Module):
@@ -43,11 +53,13 @@ class TwoTower(nn.Module):
         item_mask_UT: Tensor,
         target_B: Tensor,
         blocked_BU: Tensor,
+        log_q_U: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`{"loss": scalar}` for a batch of `dataset.TrainingBatches`."""
         z_BE = self._encoder.forward(history_ids_BT, history_mask_BT)
         item_UE = self._encoder.forward(item_ids_UT, item_mask_UT)
-        return {"loss": in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature)}
+        loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
+        return {"loss": loss}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trainable parameters, by their names in the model's file (not copied)."""

@@ -121,6 +121,42 @@ def test_the_loss_is_that_of_masked_duplicates() -> None:
     assert float(loss) == pytest.approx(naive / 5, rel=1e-5)
 
 
+def test_a_corrected_loss_takes_the_frequency_of_candidates_out() -> None:
+    """When scores are `log(weight) + log(frequency)`, the corrected loss is that of the weights alone."""
+    weight_U, q_U = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.9, 0.05, 0.4])
+    z_BE, item_UE = 0.05 * (weight_U * q_U).log()[None], torch.eye(3)
+    target_B, blocked_BU = torch.tensor([1]), torch.zeros(1, 3, dtype=torch.bool)
+    loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, 0.05)
+    corrected = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, 0.05, q_U.log())
+    assert float(corrected) == pytest.approx(-math.log(0.3), rel=1e-5)
+    assert float(loss) == pytest.approx(-math.log(0.015 / 0.545), rel=1e-5)
+
+
+def test_the_frequency_of_candidates_is_that_of_the_batches(
+    encoder: Encoder, make_domain: Callable[..., Any], pico_config: RunConfig
+) -> None:
+    training = pico_config.training.model_copy(update={"logq_correction": True})
+    config = pico_config.model_copy(update={"training": training})
+    steps = 600
+    domain = make_domain(users=60, items=12)
+    skewed = replace(domain, train=[np.where(walk < 6, 0, walk).astype(np.int32) for walk in domain.train])
+    batches = TrainingBatches(encoder, skewed, config, steps)
+    examples = Examples(skewed.train, "all")
+    times_I = np.zeros(12)
+    for step in range(steps):
+        chosen = batches.members(step)
+        targets = {
+            int(skewed.train[int(examples.user_N[n])][int(examples.position_N[n])]) for n in chosen.tolist()
+        }
+        times_I[list(targets)] += 1
+    batch = batches[0]
+    assert batch["log_q_U"].shape == (batch["item_ids_UT"].shape[0],)
+    expected_I = np.exp(batches._log_q_I)
+    assert expected_I[0] > 2 * expected_I[11]
+    np.testing.assert_allclose(times_I[times_I > 0] / steps, expected_I[times_I > 0], atol=0.06)
+    assert "log_q_U" not in TrainingBatches(encoder, skewed, pico_config, 1)[0]
+
+
 def test_only_what_may_train_gets_gradients(
     encoder: Encoder, pico_model: Path, pico_domain: Any, pico_config: RunConfig
 ) -> None:
