@@ -1,6 +1,6 @@
 """The models of a study and the ranks that they give, each made once and kept on disk.
 
-    out/seed-0/data/<domain>/    prepared data          out/seed-0/fits/      fine-tuned vectors
+    out/seed-0/data/             prepared domains       out/seed-0/fits/      fine-tuned vectors
     out/seed-0/merges/<members>/ merged vectors         out/seed-0/ranks/     ranks of the test users
 
 Interrupted anywhere, what is finished is read, and what was begun goes on where its own journal says.
@@ -75,7 +75,9 @@ class Lab:
     def domain(self, name: str) -> Domain:
         """The prepared domain."""
         if name not in self._domains:
-            self._domains[name] = Domain.load(prepare_source(self._config, name, self._folder))
+            source = next(source for source in self._config.domain if source.name == name)
+            key = json_digest(source.model_dump(mode="json"))[:12]  # another source is another folder
+            self._domains[name] = Domain.load(prepare_source(self._config, name, self._folder / "data" / key))
         return self._domains[name]
 
     @cached_property

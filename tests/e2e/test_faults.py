@@ -101,7 +101,7 @@ def _trains_since(status: dict[str, Any], before_s: float) -> bool:
 def test_cut_link_then_kill_during_upload(
     federate: Callable[[Path], Federation], make_pico: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = make_pico(tmp_path / "wide", hidden_size=192, intermediate_size=7000)  # a vector of 11 MB
+    base = make_pico(tmp_path / "wide", hidden_size=192, intermediate_size=7000, initializer_range=0.05)
     federation = federate(base)
     federation.init()
     federation.server_up()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from common.config import MergeMethod, RunConfig
 from common.errors import ConfigError
@@ -23,6 +24,7 @@ K = 10
 
 @pytest.fixture
 def config(pico_config: RunConfig, make_pico: Any, make_domain: Callable[..., Any], tmp_path: Path) -> Any:
+    torch.set_num_threads(1)
     make_pico(tmp_path / "base")
     for number, name in enumerate(NAMES):
         make_domain(name=name, seed=number).save(tmp_path / name)
@@ -61,8 +63,6 @@ def test_more_and_more_domains_are_merged() -> None:
 
 
 def test_gains_are_those_of_the_metric() -> None:
-    import torch
-
     rank_U = np.array([1, 3, 10, 11, 500])
     assert gains(rank_U, K).mean() == pytest.approx(ndcg_at_k(torch.from_numpy(rank_U), K))
 
@@ -165,6 +165,18 @@ def test_a_whole_table_twice(config: SimulationConfig, tmp_path: Path, monkeypat
     sliced = run.run_study("slices", config, tmp_path / "study", [0]).read_text()
     assert "popular item" in sliced.splitlines()[0]
     assert ", weight-averaging" not in sliced
+
+
+def test_another_source_of_a_domain_is_not_taken_for_the_first(
+    config: SimulationConfig, tmp_path: Path
+) -> None:
+    def users(config: SimulationConfig) -> int:
+        return len(Lab(config, tmp_path / "study").domain("tea").user_ids)
+
+    fewer = tuple(source.model_copy(update={"users": 7}) for source in config.domain)
+    assert users(config) == 40
+    assert users(config.model_copy(update={"domain": fewer})) == 7
+    assert users(config) == 40
 
 
 def test_a_domain_with_few_users_has_a_table(config: SimulationConfig, tmp_path: Path) -> None:
