@@ -20,7 +20,7 @@ from typing import Any, Literal
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
-from clients.serving import COMPARISON, OWN, install, set_own_model
+from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
@@ -33,7 +33,7 @@ from common.payloads import encode_values
 from common.progress import StatusFile
 
 log = logging.getLogger(__name__)
-ZERO_SHOT, FINE_TUNED, UNIVERSAL = "zero-shot", "fine-tuned", "universal"
+ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
 
 
 class Actions:

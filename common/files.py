@@ -1,8 +1,8 @@
 """Small file habits that everything here shares: whole or not at all, and a full disk said plainly.
 
 `write_atomic` leaves either the old file or the new one, durably; `replace_folder` does it for folders.
-`storage_errors` turns what a full
-or failing disk raises into `StorageError`, so that callers refuse instead of crashing half-way.
+`storage_errors` turns what a full or failing disk raises into `StorageError`, so that callers refuse instead
+of crashing half-way.
 """
 
 from __future__ import annotations

@@ -38,10 +38,13 @@ def recall_at_k(rank_B: Tensor, k: int = 10) -> float:
 
 def ndcg_at_k(rank_B: Tensor, k: int = 10) -> float:
     """Mean of `1 / log2(1 + rank)` where `rank <= k`, else 0 (one relevant item, so the ideal is 1)."""
-    if rank_B.numel() == 0:
-        return 0.0
+    return 0.0 if rank_B.numel() == 0 else float(ndcg_gains(rank_B, k).mean())
+
+
+def ndcg_gains(rank_B: Tensor, k: int = 10) -> Tensor:
+    """What each row adds to `ndcg_at_k`, float64: `1 / log2(1 + rank)` where `rank <= k`, else 0."""
     gain_B = 1.0 / torch.log2(1.0 + rank_B.to(torch.float64))
-    return float(torch.where(rank_B <= k, gain_B, torch.zeros_like(gain_B)).mean())
+    return torch.where(rank_B <= k, gain_B, torch.zeros_like(gain_B))
 
 
 def metric_names(k: int = 10) -> tuple[str, str]:

@@ -21,7 +21,7 @@ def in_batch_loss(
     `item_UE` are the U distinct candidates of the batch, `target_B` each row's own among them;
     candidates where `blocked_BU` is True are left out of that row's softmax. Embeddings are unit-norm.
     `log_q_U`, the logarithm of the probability that a candidate is in a batch, is subtracted from its logits
-    (Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, eq. 3): without it popular items are
+    (Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019): without it popular items are
     negatives more often than others, and the scores learn to hold their popularity against them.
     """
     logits_BU = z_BE @ item_UE.T / temperature

@@ -1,7 +1,7 @@
 """What merge methods read: N task vectors over the same tensors, block by block.
 
 `Vectors` is the one interface; `InMemory` holds arrays (the federation's admitted vectors), and
-`server.folders` streams them from model folders. Every block that a source gives out has been
+`server.engine.stream` reads them from model folders. Every block that a source gives out has been
 checked: floating point, finite. Blocks have fixed borders (`BLOCK_VALUES` from the start of each tensor),
 so what is drawn for a block from a seed does not depend on who reads it.
 """

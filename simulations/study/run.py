@@ -54,9 +54,11 @@ def run_study(
     report(phase=PHASE, step=len(seeds) * len(cells), total=len(seeds) * len(cells))
     if table == "slices":
         names = [source.name for source in config.domain]
-        found = list(
-            slices(found, [_lengths(lab, names) for lab in labs], [_popularity(lab, names) for lab in labs])
+        lengths, popularity = (
+            [_lengths(lab, names) for lab in labs],
+            [_popularity(lab, names) for lab in labs],
         )
+        found = slices(found, lengths, popularity)
     k = config.evaluation.k
     scored = score(found, k, lambda row: compared_with(table, row))
     record = {

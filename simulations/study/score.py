@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from common.metrics import ndcg_gains
 from server.results import FINE_TUNED
 from simulations.study.lab import Ranks
 
@@ -43,17 +45,12 @@ class Row:
     high: float | None = None
 
 
-def gains(rank_U: Ranks, k: int) -> Doubles:
-    """What each user adds to NDCG@k: `1 / log2(1 + rank)` among the first k, else 0."""
-    return np.where(rank_U <= k, 1 / np.log2(1.0 + rank_U), 0.0)
-
-
 def score(seeds: Sequence[Rows], k: int, compared_with: Callable[[str], str]) -> dict[str, Row]:
     """Every row of `seeds` (one `Rows` a seed), compared with the row `compared_with(row)` if there is one.
 
     Columns in which the fine-tuned model finds nothing count nowhere.
     """
-    gained = [_each(seed, lambda rank_U: gains(rank_U, k)) for seed in seeds]
+    gained = [_each(seed, lambda rank_U: ndcg_gains(torch.from_numpy(rank_U), k).numpy()) for seed in seeds]
     hit = [_each(seed, lambda rank_U: (rank_U <= k).astype(np.float64)) for seed in seeds]
     drawn = [_draw(rows, number) for number, rows in enumerate(gained)]
     table: dict[str, Row] = {}

@@ -71,9 +71,8 @@ def _check_client(federation: Federation, name: str, summary: dict[str, Any]) ->
     assert status["domain"] == name
     assert status["model"].endswith(published["model_digest"])
     for row, theirs in (("universal", "universal"), ("own", "fine-tuned")):
-        assert status["comparison"][row] == pytest.approx(
-            results[theirs][name], abs=1e-6
-        )  # what leaves is rounded
+        sent = results[theirs][name]  # rounded when it left
+        assert status["comparison"][row] == pytest.approx(sent, abs=1e-6)
 
     domain = Domain.load(federation.folder / "data" / name)
     history = ",".join(domain.item_ids[int(item)] for item in domain.train[0])
