@@ -36,7 +36,7 @@ from common.ledger import Crossing, Journal, Ledger
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
 from common.signing import PublicKey, SigningKey
-from common.statements import CODE_PATTERN, Checkpoint
+from common.statements import CODE_PATTERN
 
 _TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
 _CODE = re.compile(CODE_PATTERN)
@@ -113,8 +113,7 @@ class EgressGate:
             self._checked(lambda: self._check_header(header))
             copy = self._copy(header, payload)
             self._checked(lambda: self._check_payload(header, copy))
-            head = self.ledger.head
-            sealed = header.model_copy(update={"checkpoint": Checkpoint(size=head.size, head=head.head)})
+            sealed = header.model_copy(update={"checkpoint": self.ledger.tree_head()})
             parcel = seal_parcel(sealed, copy, self._key)
             with self.journal.locked():
                 self._check_budget(header)
@@ -131,7 +130,6 @@ class EgressGate:
 
     def release_receipt(self, digest: str, header: Header, *, index: int) -> bytes:
         """A signed receipt for a parcel that came in and stands at `index` of the ledger."""
-        entry, head = self.ledger[index], self.ledger.head_at(index)
         envelope = Receipt(
             kind=header.kind,
             run=header.run,
@@ -141,9 +139,8 @@ class EgressGate:
             payload_digest=header.payload_digest,
             verdict="accepted",
             reason="",
-            index=index,
-            checkpoint=Checkpoint(size=head.size, head=head.head),
-            time_s=entry.body["time_s"],
+            time_s=self.ledger[index].body["time_s"],
+            **self.ledger.place(index),
         ).seal(self._key)
         self._log("receipt", envelope, 0, header.kind, header.run)
         return envelope

@@ -71,9 +71,9 @@ class ExchangeClient:
     def send(self, parcel: Parcel, on_bytes: OnBytes | None = None) -> Receipt:
         """Send a released parcel, resuming as often as needed; the server's verified receipt.
 
-        Raises GateError (not released), RefusedError (with the server's reason), SignatureError or
-        ParcelError (a receipt that is not the server's word on this parcel), TransportError (gave up;
-        calling again resumes).
+        Raises GateError (not released), RefusedError (with the server's reason), SignatureError,
+        ParcelError or ProofError (a receipt that is not the server's word on this parcel, or that does not
+        prove that it is in its ledger), TransportError (gave up; calling again resumes).
         """
         if not self._gate.is_released(parcel.digest):
             raise GateError("this parcel did not pass the gate", next_step="release it first")
@@ -215,6 +215,7 @@ class ExchangeClient:
     def _verified(self, envelope: bytes, parcel: Parcel, verdict: str) -> Receipt:
         receipt = Receipt.open(envelope, self._server_key)
         receipt.check_matches(parcel.digest, parcel.header)
+        receipt.check_entry(len(parcel.envelope), parcel.header.payload_bytes)
         if receipt.verdict != verdict or receipt.receiver != SERVER:
             raise ParcelError("the receipt has another verdict or receiver than the server's answer")
         return receipt

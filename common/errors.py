@@ -16,6 +16,7 @@ step. Its text never contains private data. Each also inherits the standard erro
      |    +-- RefusedError                the other shore refused it; carries the reason code
      +-- GateError(PermissionError)       the egress gate refused to let something leave
      +-- LedgerError(RuntimeError)        a ledger or journal cannot be trusted or written
+     |    +-- ProofError                  a Merkle proof or a checkpoint does not verify
      +-- StorageError(OSError)            the disk is full or the store cannot be written
      +-- TransportError(ConnectionError)  the link broke; trying again later may work
      +-- FederationError(RuntimeError)    processes, ports, membership, quorum
@@ -117,6 +118,12 @@ class LedgerError(IsthmusError, RuntimeError):
     """A ledger or journal is damaged or cannot be written."""
 
     code = "ledger"
+
+
+class ProofError(LedgerError):
+    """A Merkle proof, a checkpoint or a cosignature does not verify."""
+
+    code = "proof"
 
 
 class StorageError(IsthmusError, OSError):

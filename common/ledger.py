@@ -7,6 +7,8 @@ the next append, a line that the disk did not take is taken back at once. Damage
 LedgerError with the line's number; a log is never repaired by guessing.
 
 `Ledger` and `Journal` are two views of such a log. Write to them before you send or start anything.
+A ledger's lines are also the leaves of a Merkle tree (`common.merkle`): its root says in 32 bytes what
+the whole ledger is, and anyone who has two roots can be proven that nothing between them was changed.
 
     >>> from tempfile import mkdtemp
     >>> journal = Journal(Path(mkdtemp()) / "journal.jsonl")
@@ -28,11 +30,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common import canonical
+from common import canonical, merkle
 from common.errors import LedgerError, ParcelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_all
+from common.statements import TreeHead
 
-EMPTY_HEAD = "0" * 64
+NO_ENTRY = "0" * 64
 LINE_BYTES = 2 * canonical.MAX_BYTES
 
 
@@ -44,14 +47,6 @@ class Entry:
     prev: str
     body: dict[str, Any]
     digest: str
-
-
-@dataclass(frozen=True)
-class Head:
-    """How long a log is and the digest of its last entry."""
-
-    size: int
-    head: str
 
 
 class AppendOnlyLog:
@@ -82,14 +77,9 @@ class AppendOnlyLog:
         return iter(self._entries[:])
 
     @property
-    def head(self) -> Head:
-        """Size and head digest as of the last refresh or append."""
-        with self._guard:
-            return Head(len(self._entries), self._entries[-1].digest if self._entries else EMPTY_HEAD)
-
-    def head_at(self, index: int) -> Head:
-        """The head right after entry `index`."""
-        return Head(index + 1, self._entries[index].digest)
+    def last_digest(self) -> str:
+        """The digest that the next entry will repeat as `prev`."""
+        return self._entries[-1].digest if self._entries else NO_ENTRY
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,8 +109,8 @@ class AppendOnlyLog:
     def append(self, body: dict[str, Any]) -> Entry:
         """Add `body` durably. Raises StorageError when the disk is full (then nothing was added)."""
         with self.locked():
-            index, prev = len(self._entries), self.head.head
-            line = _encode({"body": body, "index": index, "prev": prev})
+            index, prev = len(self._entries), self.last_digest
+            line = entry_line(index, prev, body)
             try:
                 with storage_errors(self.path):
                     os.lseek(self._descriptor, self._read_bytes, os.SEEK_SET)
@@ -130,7 +120,7 @@ class AppendOnlyLog:
                 os.ftruncate(self._descriptor, self._read_bytes)
                 raise
             entry = Entry(index, prev, body, sha256_bytes(line))
-            self._accept(entry, len(line) + 1)
+            self._accept(entry, line)
             return entry
 
     def refresh(self) -> None:
@@ -143,11 +133,11 @@ class AppendOnlyLog:
                 )
             source.seek(self._read_bytes)
             while (line := source.readline(LINE_BYTES + 1)).endswith(b"\n"):
-                self._accept(self._check(line[:-1]), len(line))
+                self._accept(self._check(line[:-1]), line[:-1])
 
-    def _accept(self, entry: Entry, size_bytes: int) -> None:
+    def _accept(self, entry: Entry, line: bytes) -> None:
         self._entries.append(entry)
-        self._read_bytes += size_bytes
+        self._read_bytes += len(line) + 1
 
     def _check(self, line: bytes) -> Entry:
         index = len(self._entries)
@@ -157,7 +147,7 @@ class AppendOnlyLog:
             raise self._damaged(index, err.message) from None
         if not isinstance(record, dict) or set(record) != {"body", "index", "prev"}:
             raise self._damaged(index, "not an entry")
-        if record["index"] != index or record["prev"] != self.head.head:
+        if record["index"] != index or record["prev"] != self.last_digest:
             raise self._damaged(index, "does not follow from the entry before it")
         return Entry(index, record["prev"], record["body"], sha256_bytes(line))
 
@@ -168,9 +158,10 @@ class AppendOnlyLog:
         )
 
 
-def _encode(record: dict[str, Any]) -> bytes:
+def entry_line(index: int, prev: str, body: dict[str, Any]) -> bytes:
+    """The bytes of an entry as they stand in the file, without the newline: what is hashed."""
     try:
-        return canonical.encode(record, max_bytes=LINE_BYTES)
+        return canonical.encode({"body": body, "index": index, "prev": prev}, max_bytes=LINE_BYTES)
     except ParcelError as err:
         raise LedgerError(f"this entry cannot be recorded: {err.message}") from None
 
@@ -196,7 +187,34 @@ class Ledger(AppendOnlyLog):
 
     def __init__(self, path: Path) -> None:
         self._first: dict[tuple[str, str, str, str], int] = {}
+        self._tree = merkle.Tree()
         super().__init__(path)
+
+    def tree_head(self, size: int | None = None) -> TreeHead:
+        """Size and root of the first `size` entries (None: of all). Raises ProofError beyond the end."""
+        with self._guard:
+            size = len(self._tree) if size is None else size
+            return TreeHead(size=size, root=self._tree.root(size).hex())
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """The proof that entry `index` is among the first `size` (`common.merkle`)."""
+        with self._guard:
+            return self._tree.inclusion(index, size)
+
+    def consistency(self, old: int, size: int) -> list[bytes]:
+        """The proof that the first `size` entries begin with the first `old`."""
+        with self._guard:
+            return self._tree.consistency(old, size)
+
+    def place(self, index: int) -> dict[str, Any]:
+        """Where entry `index` is, as the fields of a receipt: `index`, `prev`, `checkpoint`, `proof`."""
+        size = index + 1
+        return {
+            "index": index,
+            "prev": self[index].prev,
+            "checkpoint": self.tree_head(size),
+            "proof": tuple(node.hex() for node in self.inclusion(index, size)),
+        }
 
     def record(self, crossing: Crossing) -> Entry:
         """Append `crossing`; `time_s` 0 means now. Raises StorageError when the disk is full."""
@@ -210,10 +228,11 @@ class Ledger(AppendOnlyLog):
             index = self._first.get(_identity(asdict(crossing)))
             return self[index] if index is not None else self.record(crossing)
 
-    def _accept(self, entry: Entry, size_bytes: int) -> None:
+    def _accept(self, entry: Entry, line: bytes) -> None:
         if isinstance(entry.body, dict):
             self._first.setdefault(_identity(entry.body), entry.index)
-        super()._accept(entry, size_bytes)
+        self._tree.append(merkle.leaf_hash(line))
+        super()._accept(entry, line)
 
 
 def _identity(body: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from importlib import metadata
@@ -22,11 +22,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common import tensorfile
+from common import merkle, tensorfile
 from common.errors import ParcelError
 from common.files import sha256_bytes, sha256_file
+from common.ledger import Crossing, entry_line
 from common.signing import SigningKey
-from common.statements import Checkpoint, Code, Digest, Exact, Name, Run, Statement, Whole
+from common.statements import Code, Digest, Exact, Name, Run, Statement, TreeHead, Whole
 
 SERVER = "server"
 EVERYONE = "*"
@@ -116,7 +117,7 @@ class Header(Statement):
     created_s: Whole
     expires_s: Whole
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    checkpoint: Checkpoint
+    checkpoint: TreeHead
 
     @classmethod
     def predicate_type(cls) -> str:
@@ -144,7 +145,11 @@ class Header(Statement):
 
 
 class Receipt(Statement):
-    """The receiver's word on a parcel: which bytes, which verdict, where in its ledger."""
+    """The receiver's word on a parcel: which bytes, which verdict, where in its ledger.
+
+    `checkpoint` is the receiver's tree right after the entry was made, `proof` the entry's inclusion in it,
+    `prev` the digest of the entry before. With them `check_entry` proves to the sender what was recorded.
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     kind: Kind
@@ -156,8 +161,9 @@ class Receipt(Statement):
     verdict: Literal["accepted", "refused"]
     reason: Annotated[str, Field(pattern=r"^([a-z][a-z0-9-]{0,39})?$")]
     index: Whole
-    checkpoint: Checkpoint
-    proof: Annotated[tuple[Digest, ...], Field(max_length=64)] = ()
+    prev: Digest
+    checkpoint: TreeHead
+    proof: Annotated[tuple[Digest, ...], Field(max_length=64)]
     time_s: Whole
 
     @classmethod
@@ -179,6 +185,30 @@ class Receipt(Statement):
         for field, value in expected.items():
             if getattr(self, field) != value:
                 raise ParcelError(f"receipt field {field}: is about another parcel")
+
+    def check_entry(self, envelope_bytes: int, payload_bytes: int) -> None:
+        """Raises ProofError unless the entry that this receipt speaks of is in the receiver's tree.
+
+        `envelope_bytes` and `payload_bytes` are the parcel's sizes: an entry says how much crossed.
+        """
+        accepted = self.verdict == "accepted"
+        crossing = Crossing(
+            direction="in",
+            channel="data",
+            type="parcel",
+            digest=self.parcel_digest,
+            size_bytes=envelope_bytes + (payload_bytes if accepted else 0),
+            peer=self.sender,
+            kind=self.kind.value,
+            run=self.run,
+            verdict="accepted" if accepted else self.reason,
+            time_s=self.time_s,
+        )
+        leaf = merkle.leaf_hash(entry_line(self.index, self.prev, asdict(crossing)))
+        proof = [bytes.fromhex(node) for node in self.proof]
+        merkle.verify_inclusion(
+            self.index, self.checkpoint.size, leaf, proof, bytes.fromhex(self.checkpoint.root)
+        )
 
 
 @dataclass(frozen=True)
@@ -208,7 +238,7 @@ def draft(
     training: Mapping[str, int] | None = None,
     privacy: Privacy | None = None,
     code_digest: str = "0" * 64,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: TreeHead | None = None,
     created_s: int | None = None,
     lifetime_s: int = LIFETIME_S,
 ) -> Header:
@@ -237,7 +267,7 @@ def draft(
             "created_s": now_s,
             "expires_s": now_s + lifetime_s,
             "nonce": secrets.token_hex(16),
-            "checkpoint": (checkpoint or Checkpoint(size=0, head="0" * 64)).model_dump(),
+            "checkpoint": (checkpoint or TreeHead(size=0, root=merkle.EMPTY_ROOT.hex())).model_dump(),
         }
     )
 

@@ -42,11 +42,11 @@ class Exact(BaseModel):
     )
 
 
-class Checkpoint(Exact):
-    """Size of a ledger and the digest of its last entry."""
+class TreeHead(Exact):
+    """Size and Merkle root of a ledger (RFC 9162, 2.1.1)."""
 
     size: Whole
-    head: Digest
+    root: Digest
 
 
 class Statement(Exact):

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from common.errors import FederationError, ParcelError, RefusedError, StorageError
+from common.errors import FederationError, ParcelError, ProofError, RefusedError, StorageError
 from common.errors import TransportError as LinkError
 from common.files import CHUNK_BYTES, sha256_bytes
 from common.ledger import Crossing
@@ -129,7 +129,7 @@ class ExchangeService:
         with _no_text(context):
             try:
                 self._acknowledge(request.receipt, self._member(context))
-            except ParcelError as err:
+            except (ParcelError, ProofError) as err:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, err.message)
             return pb.AcknowledgeReply()
 
@@ -139,6 +139,7 @@ class ExchangeService:
         if parcel is None or receipt.receiver != member.domain:
             raise ParcelError("this receipt is for no parcel of ours, or by another domain")
         receipt.check_matches(parcel.digest, parcel.header)
+        receipt.check_entry(len(parcel.envelope), parcel.header.payload_bytes)
         self._intake.ledger.record_once(
             Crossing(
                 direction="in",
@@ -159,12 +160,12 @@ class ExchangeService:
         with _no_text(context):
             self._member(context)
             self._intake.ledger.refresh()
-            head = self._intake.ledger.head
+            head = self._intake.ledger.tree_head()
             return pb.StatusReply(
                 version=code_version(),
                 server_key=self._server_key.hex,
                 ledger_size=head.size,
-                ledger_head=head.head,
+                ledger_head=head.root,
                 time_s=int(time.time()),
             )
 

@@ -22,7 +22,6 @@ from common.ledger import Crossing, Entry, Ledger
 from common.parcels import SERVER, Header, Receipt
 from common.payloads import PayloadFacts, inspect
 from common.signing import Sealed, SigningKey
-from common.statements import Checkpoint
 from server.admission import Admission, Known
 from server.members import Member, Members
 from server.store import OpenRun, ParcelStore
@@ -275,7 +274,6 @@ class Intake:
         )
 
     def _receipt(self, digest: str, header: Header, entry: Entry, reason: str) -> bytes:
-        head = self.ledger.head_at(entry.index)
         return Receipt(
             kind=header.kind,
             run=header.run,
@@ -285,9 +283,8 @@ class Intake:
             payload_digest=header.payload_digest,
             verdict="refused" if reason else "accepted",
             reason=reason,
-            index=entry.index,
-            checkpoint=Checkpoint(size=head.size, head=head.head),
             time_s=entry.body["time_s"],
+            **self.ledger.place(entry.index),
         ).seal(self._key)
 
     def record_receipt_out(self, header: Header, receipt: bytes) -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import LedgerError, StorageError
-from common.ledger import EMPTY_HEAD, AppendOnlyLog, Crossing, Journal, Ledger
+from common.ledger import NO_ENTRY, AppendOnlyLog, Crossing, Journal, Ledger
+from common.merkle import leaf_hash, verify_consistency, verify_inclusion
 
 CROSSING = Crossing("out", "data", "parcel", "a" * 64, 10, "server", "catalog", "demo")
 
@@ -28,8 +30,8 @@ def test_chain_and_reopening(tmp_path: Path) -> None:
     log = _log(tmp_path / "log")
     again = AppendOnlyLog(tmp_path / "log")
     assert [entry.body["number"] for entry in again] == [0, 1, 2]
-    assert again.head == log.head == log.head_at(2)
-    assert log[0].prev == EMPTY_HEAD
+    assert again.last_digest == log.last_digest == log[2].digest
+    assert log[0].prev == NO_ENTRY
     assert log[2].prev == log[1].digest
 
 
@@ -155,3 +157,34 @@ def test_journal(tmp_path: Path) -> None:
         journal.put("nan", {"loss": float("nan")})
     with pytest.raises(LedgerError):
         journal.put("käse", {})
+
+
+def test_a_ledger_is_a_tree_that_only_grows(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    heads = [ledger.tree_head()]
+    for number in range(5):
+        ledger.record(replace(CROSSING, digest=f"{number:064x}", time_s=1))
+        heads.append(ledger.tree_head())
+    again = Ledger(tmp_path / "ledger.jsonl")
+    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
+    for size, head in enumerate(heads):
+        root = bytes.fromhex(head.root)
+        assert again.tree_head(size) == head
+        verify_consistency(size, 5, again.consistency(size, 5), root, bytes.fromhex(heads[5].root))
+        for index in range(size):
+            verify_inclusion(index, size, leaf_hash(lines[index]), again.inclusion(index, size), root)
+
+
+def test_an_edit_that_repairs_the_chain_still_changes_the_root(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    for number in range(3):
+        ledger.record(replace(CROSSING, digest=f"{number:064x}", time_s=1))
+    head = ledger.tree_head()
+    entries = list(ledger)
+    path.unlink()
+    forged = Ledger(path)
+    for entry in entries:
+        forged.append({**entry.body, "size_bytes": 11} if entry.index == 1 else entry.body)
+    assert forged.tree_head().size == head.size
+    assert forged.tree_head().root != head.root

@@ -1,16 +1,18 @@
 """Headers and receipts: an exact schema in both directions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from crossing import BASE, RUN, make_vector
 
 from common import canonical
-from common.errors import ParcelError, SignatureError
+from common.errors import ParcelError, ProofError, SignatureError
+from common.ledger import Crossing, Ledger
 from common.parcels import SERVER, Codec, Header, Kind, Receipt, bucket, draft, seal_parcel
 from common.signing import SigningKey, seal
-from common.statements import Checkpoint
+from common.statements import TreeHead
 
 KEY = SigningKey(bytes(32))
 
@@ -107,7 +109,9 @@ def test_receipt(header: Header) -> None:
         verdict="accepted",
         reason="",
         index=4,
-        checkpoint=Checkpoint(size=5, head="b" * 64),
+        prev="d" * 64,
+        checkpoint=TreeHead(size=5, root="b" * 64),
+        proof=("e" * 64,),
         time_s=1,
     )
     envelope = receipt.seal(KEY)
@@ -117,6 +121,44 @@ def test_receipt(header: Header) -> None:
         receipt.check_matches("c" * 64, header)
     with pytest.raises(ParcelError, match="another type"):
         Header.open(envelope, KEY.public)
+
+
+@pytest.mark.parametrize(("verdict", "reason"), [("accepted", ""), ("refused", "wrong-run")])
+def test_a_receipt_proves_the_entry(header: Header, tmp_path: Path, verdict: str, reason: str) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    crossing = Crossing("in", "data", "parcel", "a" * 64, 70, "toys", header.kind.value, RUN, time_s=9)
+    for number in range(6):
+        ledger.record(replace(crossing, digest=f"{number:064x}"))
+    size_bytes = 70 + (500 if verdict == "accepted" else 0)
+    entry = ledger.record(replace(crossing, size_bytes=size_bytes, verdict=reason or verdict))
+    ledger.record(crossing)
+    receipt = Receipt(
+        kind=header.kind,
+        run=RUN,
+        sender="toys",
+        receiver=SERVER,
+        parcel_digest="a" * 64,
+        payload_digest=header.payload_digest,
+        verdict=verdict,
+        reason=reason,
+        time_s=9,
+        **ledger.place(entry.index),
+    )
+    receipt.check_entry(70, 500)
+    changes: list[dict[str, object]] = [
+        {"index": entry.index - 1},
+        {"prev": "0" * 64},
+        {"time_s": 10},
+        {"parcel_digest": "c" * 64},
+        {"checkpoint": ledger.tree_head()},
+        {"proof": receipt.proof[:-1]},
+        {"proof": (*receipt.proof[:-1], "0" * 64)},
+    ]
+    for change in changes:
+        with pytest.raises(ProofError):
+            receipt.model_copy(update=change).check_entry(70, 500)
+    with pytest.raises(ProofError):
+        receipt.check_entry(71, 500)
 
 
 def test_header_of_400_tensors_is_small_and_quick(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_accepted_once_with_one_receipt(shore: Shore, toys: Owner) -> None:
     receipt = Receipt.open(envelope, shore.key.public)
     receipt.check_matches(parcel.digest, parcel.header)
     assert (receipt.verdict, receipt.receiver) == ("accepted", SERVER)
-    assert shore.ledger.head_at(receipt.index).head == receipt.checkpoint.head
+    assert shore.ledger.tree_head(receipt.index + 1) == receipt.checkpoint
+    receipt.check_entry(len(parcel.envelope), parcel.header.payload_bytes)
     assert [entry.body["verdict"] for entry in shore.ledger] == ["accepted", ""]
     shore.restart()
     assert deliver(shore, parcel, toys) == envelope
