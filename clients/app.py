@@ -19,6 +19,7 @@ from common.errors import FederationError, IsthmusError, RefusedError, StorageEr
 from common.files import sha256_bytes
 from common.ledger import Crossing
 from common.orders import ACTIONS, DONE, FAILED, REFUSED, Order
+from common.parcels import SERVER
 
 log = logging.getLogger(__name__)
 HOME_VARIABLE = "ISTHMUS_CLIENT_HOME"
@@ -37,7 +38,7 @@ def answer(home: ClientHome, actions: Actions, envelope: bytes) -> dict[str, str
                 "message",
                 sha256_bytes(envelope),
                 len(envelope),
-                home.config.server.name,
+                SERVER,
                 "message",
                 order.run,
                 "accepted",

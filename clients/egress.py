@@ -38,7 +38,6 @@ from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_te
 from common.signing import PublicKey, SigningKey
 from common.statements import CODE_PATTERN
 
-_TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
 _CODE = re.compile(CODE_PATTERN)
 ReplyValue = str | int | float
 
@@ -142,8 +141,13 @@ class EgressGate:
             time_s=self.ledger[index].body["time_s"],
             **self.ledger.place(index),
         ).seal(self._key)
+        self.keep_receipt(envelope)
         self._log("receipt", envelope, 0, header.kind, header.run)
         return envelope
+
+    def keep_receipt(self, envelope: bytes) -> None:
+        """Keep a receipt, ours or the server's, for whoever audits. Raises StorageError."""
+        write_atomic(self._outbox / f"{sha256_bytes(envelope)}.receipt", envelope)
 
     def release_reply(self, fields: Mapping[str, ReplyValue]) -> dict[str, ReplyValue]:
         """What of `fields` may go into a control record. Raises GateError for a field off the list."""
@@ -182,7 +186,7 @@ class EgressGate:
             )
         if header.kind is Kind.TASK_VECTOR:
             for fact in header.tensors:
-                if len(fact.shape) > 1 and _TABLE.search(fact.name.lower()):
+                if fact.is_table:
                     raise GateError(f"tensor {fact.name}: an embedding table never leaves")
             check_table(header, agreement.tensors)
 

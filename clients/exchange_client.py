@@ -82,6 +82,7 @@ class ExchangeClient:
             return self._verified(bytes.fromhex(known["receipt"]), parcel, "accepted")
         envelope = self._retried(lambda: self._send_once(parcel, on_bytes))
         receipt = self._verified(envelope, parcel, "accepted")
+        self._gate.keep_receipt(envelope)
         self._log_in("receipt", envelope, 0, parcel.header, "accepted")
         self._journal.put(f"sent/{parcel.digest}", {"receipt": envelope.hex()})
         return receipt
@@ -107,6 +108,7 @@ class ExchangeClient:
     def _refused(self, refused: Any, parcel: Parcel) -> None:
         if refused.receipt:
             self._verified(refused.receipt, parcel, "refused")
+            self._gate.keep_receipt(refused.receipt)
             self._log_in("receipt", refused.receipt, 0, parcel.header, refused.reason[:40])
         raise_refused(refused)
 
@@ -274,6 +276,7 @@ def enrol(
     domain: str,
     token: str,
     identity: SigningKey,
+    log_key: PublicKey,
     tls_csr: bytes,
     node_key: bytes,
     server_key: PublicKey,
@@ -283,11 +286,12 @@ def enrol(
     Raises RefusedError (`token`, `already-member`), SignatureError when the server is not the one of the
     invitation, TransportError.
     """
-    facts = EnrolmentFacts(domain, token, identity.public.hex, tls_csr, node_key)
+    facts = EnrolmentFacts(domain, token, identity.public.hex, log_key.hex, tls_csr, node_key)
     request = pb.EnrolRequest(
         domain=domain,
         token=token,
         identity_key=facts.identity_key,
+        log_key=facts.log_key,
         tls_csr=tls_csr,
         node_key=node_key,
         proof=identity.sign(facts.signed_bytes()),

@@ -1,7 +1,7 @@
 """An owner's home directory: who this domain is, which server it trusts, and where everything lies.
 
 client.toml     what the owner decides: data, base model, policy, approved app bundles
-keys/           identity (Ed25519), TLS key and certificate, Flower node key; they never leave
+keys/           identity and log (Ed25519), TLS key and certificate, Flower node key; they never leave
 ledger.jsonl    every crossing;  journal.jsonl  what was done, so that nothing is done twice
 work/fits/      fine-tunings: checkpoints, vector, model
 work/<run>/     evaluations and per-user results of one run;  outbox/  parcels as they were sent
@@ -23,6 +23,8 @@ from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.ledger import Journal, Ledger
+from common.notes import Signer
+from common.roots import log_origin
 from common.signing import PublicKey, SigningKey
 from common.tls import TlsFiles
 
@@ -117,6 +119,12 @@ class ClientHome:
             self.path / "outbox",
             sender=self.config.domain,
         )
+
+    @cached_property
+    def log_signer(self) -> Signer:
+        """Signs the checkpoints of this domain's ledger."""
+        key = SigningKey.load(self.keys / "log.key")
+        return Signer(log_origin(self.config.domain, key.public), key)
 
     @property
     def fits(self) -> Path:

@@ -54,6 +54,7 @@ def join(
         domain=kit.domain,
         token=kit.token,
         identity=identity,
+        log_key=SigningKey.ensure(keys / "log.key").public,
         tls_csr=make_csr(kit.domain, keys / "tls.key"),
         node_key=node_key(keys / "flower.key"),
         server_key=server_key,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = "isthmus.commands"
 HELP = {
+    "audit": "prove offline what crossed: bundle, verify, show",
     "client": "an owner's side: join a federation, serve it, recommend",
     "data": "check and prepare a domain's data",
     "demo": "a whole federation on this machine, on synthetic data",
@@ -32,6 +33,7 @@ HELP = {
     "study": "tables of merge methods over domains and seeds, with their uncertainty",
 }
 OURS = {
+    "audit": "common.audit.cli:app",
     "client": "clients.cli:app",
     "data": "clients.data.cli:app",
     "demo": "simulations.cli:demo",

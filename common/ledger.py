@@ -21,19 +21,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from common import canonical, merkle
 from common.errors import LedgerError, ParcelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_all
-from common.statements import TreeHead
+from common.statements import DIGEST_PATTERN, TreeHead
 
 NO_ENTRY = "0" * 64
 LINE_BYTES = 2 * canonical.MAX_BYTES
@@ -142,20 +144,12 @@ class AppendOnlyLog:
     def _check(self, line: bytes) -> Entry:
         index = len(self._entries)
         try:
-            record = canonical.decode(line, max_bytes=LINE_BYTES)
-        except ParcelError as err:
-            raise self._damaged(index, err.message) from None
-        if not isinstance(record, dict) or set(record) != {"body", "index", "prev"}:
-            raise self._damaged(index, "not an entry")
-        if record["index"] != index or record["prev"] != self.last_digest:
-            raise self._damaged(index, "does not follow from the entry before it")
-        return Entry(index, record["prev"], record["body"], sha256_bytes(line))
-
-    def _damaged(self, index: int, what: str) -> LedgerError:
-        return LedgerError(
-            f"{self.path}: line {index + 1} (index {index}): {what}",
-            next_step="restore the file from a copy; it was edited or damaged",
-        )
+            return read_entry(line, index, self.last_digest)
+        except LedgerError as err:
+            raise LedgerError(
+                f"{self.path}: line {index + 1} (index {index}): {err.message}",
+                next_step="restore the file from a copy; it was edited or damaged",
+            ) from None
 
 
 def entry_line(index: int, prev: str, body: dict[str, Any]) -> bytes:
@@ -164,6 +158,40 @@ def entry_line(index: int, prev: str, body: dict[str, Any]) -> bytes:
         return canonical.encode({"body": body, "index": index, "prev": prev}, max_bytes=LINE_BYTES)
     except ParcelError as err:
         raise LedgerError(f"this entry cannot be recorded: {err.message}") from None
+
+
+def read_entry(line: bytes, index: int, prev: str) -> Entry:
+    """The entry in `line`, without its newline, at `index` after the entry with digest `prev`.
+
+    Raises LedgerError saying what is wrong with it.
+    """
+    try:
+        record = canonical.decode(line, max_bytes=LINE_BYTES)
+    except ParcelError as err:
+        raise LedgerError(err.message) from None
+    if not isinstance(record, dict) or set(record) != {"body", "index", "prev"}:
+        raise LedgerError("not an entry")
+    if record["index"] != index or record["prev"] != prev:
+        raise LedgerError("does not follow from the entry before it")
+    return Entry(index, prev, record["body"], sha256_bytes(line))
+
+
+def walk(path: Path) -> Iterator[tuple[Entry, bytes]]:
+    """The entries of a log's file and their lines, without opening it for writing or repairing it.
+
+    Raises LedgerError at the first line that is not the next entry, also where it is only cut short.
+    """
+    prev = NO_ENTRY
+    with path.open("rb") as source:
+        for index in itertools.count():
+            line = source.readline(LINE_BYTES + 1)
+            if not line:
+                return
+            if not line.endswith(b"\n"):
+                raise LedgerError("the line is cut short")
+            entry = read_entry(line[:-1], index, prev)
+            prev = entry.digest
+            yield entry, line[:-1]
 
 
 @dataclass(frozen=True)
@@ -180,6 +208,27 @@ class Crossing:
     run: str
     verdict: str = ""  # "accepted", or the reason code of a refusal; empty while it is not known
     time_s: int = 0
+
+    @classmethod
+    def read(cls, body: Any) -> Crossing:
+        """From an entry's body. Raises LedgerError unless it has exactly these fields, well formed."""
+        types = {field.name: int if field.type == "int" else str for field in fields(cls)}
+        if not isinstance(body, dict) or set(body) != set(types):
+            raise LedgerError("not a crossing: other fields than a ledger has")
+        if any(type(body[name]) is not wanted for name, wanted in types.items()):
+            raise LedgerError("not a crossing: a field of another type")
+        found = cls(**body)
+        known = (
+            found.direction in ("in", "out"),
+            found.channel == ("control" if found.type == "message" else "data"),
+            found.type in ("parcel", "receipt", "message"),
+            re.fullmatch(DIGEST_PATTERN, found.digest),
+            found.size_bytes >= 0,
+            found.time_s >= 0,
+        )
+        if not all(known):
+            raise LedgerError("not a crossing: a value that no crossing has")
+        return found
 
 
 class Ledger(AppendOnlyLog):
@@ -205,6 +254,11 @@ class Ledger(AppendOnlyLog):
         """The proof that the first `size` entries begin with the first `old`."""
         with self._guard:
             return self._tree.consistency(old, size)
+
+    def snapshot(self, size: int) -> bytes:
+        """The lines of the first `size` entries, as they stand in the file."""
+        with self._guard:
+            return b"".join(entry_line(e.index, e.prev, e.body) + b"\n" for e in self._entries[:size])
 
     def place(self, index: int) -> dict[str, Any]:
         """Where entry `index` is, as the fields of a receipt: `index`, `prev`, `checkpoint`, `proof`."""

@@ -10,6 +10,7 @@ refused by name, and no field can hold free text. The digest of a parcel is the 
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from common.signing import SigningKey
 from common.statements import Code, Digest, Exact, Name, Run, Statement, TreeHead, Whole
 
 SERVER = "server"
+_TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
 EVERYONE = "*"
 SKEW_S = 300
 LIFETIME_S = 30 * 24 * 3600
@@ -84,6 +86,11 @@ class TensorFact(Exact):
     shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**32)], ...], Field(max_length=8)]
     dtype: Literal["F32", "BF16", "F16"]
     digest: Digest
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its name is an embedding table's: rows that changed name the words of the data."""
+        return len(self.shape) > 1 and _TABLE.search(self.name.lower()) is not None
 
 
 class Privacy(Exact):

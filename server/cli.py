@@ -16,6 +16,7 @@ from common.errors import ConfigError, FederationError
 from common.models.base import model_digest, resolve_base, trainable_tensors
 from common.processes import listens
 from common.progress import read_status
+from common.signing import PublicKey
 from server.home import Ports, ServerConfig, ServerHome
 from server.runs import FINAL, Run
 
@@ -87,6 +88,36 @@ def invite(
     typer.echo(f"fingerprint to compare with the owner: {kit.fingerprint}")
 
 
+@app.command("root")
+def root_command(
+    home: HomeOption = DEFAULT_HOME,
+    key: Annotated[Path | None, typer.Option(help="the root key's file, where it is not in the home")] = None,
+    out: Annotated[Path | None, typer.Option(help="write root.json here, too")] = None,
+) -> None:
+    """Bring root.json up to date: whose keys count, for auditors. Its fingerprint is to be compared."""
+    from server.roots import newest_root, root_path
+
+    opened = _open(home)
+    signed = newest_root(opened, key.expanduser() if key else None)
+    if out is not None:
+        signed.save(out)
+    typer.echo(f"{root_path(opened)}: version {signed.root.version}, {len(signed.root.members)} members")
+    for root_key in signed.root.root_keys:
+        typer.echo(f"root key's fingerprint: {PublicKey.from_hex(root_key).fingerprint}")
+
+
+@app.command()
+def revoke(
+    domain: Annotated[str, typer.Argument(help="the member to shut out")], home: HomeOption = DEFAULT_HOME
+) -> None:
+    """Refuse everything from a member from now on. What was accepted before stays valid."""
+    opened = _open(home)
+    size = len(opened.ledger)
+    opened.members.revoke(domain, ledger_size=size)
+    typer.echo(f"{domain} is revoked from entry {size} of the ledger on")
+    typer.echo("next: isthmus server root")
+
+
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """What runs, who joined, which runs are open."""
@@ -107,7 +138,8 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
     for name, alive in services.items():
         typer.echo(f"{name:10} {'up' if alive else 'down'}")
     for member in members:
-        typer.echo(f"member     {member['domain']} ({member['pseudonym']})")
+        gone = ", revoked" if member["revoked"] else ""
+        typer.echo(f"member     {member['domain']} ({member['pseudonym']}{gone})")
     for record in runs:
         typer.echo(f"run        {record['run']} {record['state']} {record['phase']}")
 

@@ -47,7 +47,8 @@ class Enroller:
         """
         key = PublicKey.from_hex(facts.identity_key)
         key.verify(proof, facts.signed_bytes())
-        keys_digest = sha256_bytes(key.raw + facts.node_key)
+        log_key = PublicKey.from_hex(facts.log_key)
+        keys_digest = sha256_bytes(key.raw + log_key.raw + facts.node_key)
         self._invitations.redeem(facts.domain, facts.token, keys_digest)
         known = self._members.get(facts.domain)
         if known is not None and not known.is_revoked:
@@ -57,11 +58,16 @@ class Enroller:
         holder = self._members.by_key_id(key.key_id)
         if holder is not None:
             raise RefusedError("this identity key is or was a member's", reason="already-member")
+        taken = {facts.identity_key, self.server_key.hex}
+        taken |= {used for other in self._members.all() for used in (other.identity_key, other.log_key)}
+        if facts.log_key in taken:
+            raise RefusedError("the log key is another key of somebody's", reason="already-member")
         certificate = sign_csr(self._ca, facts.tls_csr, facts.domain)
         member = Member(
             domain=facts.domain,
             pseudonym=f"domain-{secrets.token_hex(3)}",
             identity_key=facts.identity_key,
+            log_key=facts.log_key,
             certificate=certificate.decode(),
             certificate_fingerprint=certificate_fingerprint(certificate),
             node_id=self._register_node(facts.domain, facts.node_key),

@@ -192,6 +192,7 @@ class EnrolmentService:
             domain=request.domain,
             token=request.token,
             identity_key=request.identity_key,
+            log_key=request.log_key,
             tls_csr=request.tls_csr,
             node_key=request.node_key,
         )

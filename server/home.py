@@ -1,7 +1,8 @@
 """The merge server's home directory: its addresses, keys, members, parcels and runs.
 
 server.toml      name, hosts, ports
-keys/            CA, TLS certificate, identity (Ed25519), Flower's shared secret
+keys/            CA, TLS certificate, identity, log and root key (Ed25519), Flower's shared secret
+root.json        whose keys count, signed by the root key (`common.roots`)
 members.json     who joined;  invites/  digests of one-time tokens
 ledger.jsonl     every crossing;  store/  admitted and published parcels
 runs/<id>/       see server.runs
@@ -25,6 +26,9 @@ from common.config import Frozen, load_toml
 from common.errors import ConfigError, FederationError
 from common.files import sha256_bytes, write_atomic
 from common.ledger import Crossing, Ledger
+from common.notes import Signer
+from common.parcels import SERVER
+from common.roots import log_origin
 from common.signing import SigningKey
 from server.members import Invitations, Member, Members
 from server.runs import Runs
@@ -79,7 +83,8 @@ class ServerHome:
         authority = tls.create_ca(keys)
         hosts = list(dict.fromkeys((*config.hosts, "127.0.0.1", "localhost")))
         tls.issue_server_certificate(authority, keys, hosts, name="tls")
-        SigningKey.generate(keys / "identity.key")
+        for name in ("identity", "log", "root"):
+            SigningKey.generate(keys / f"{name}.key")
         write_atomic(keys / "superexec.secret", secrets.token_bytes(32), mode=0o600)
         text = tomli_w.dumps(config.model_dump(mode="json"))
         tomllib.loads(text)
@@ -95,6 +100,12 @@ class ServerHome:
     def identity(self) -> SigningKey:
         """Signs orders, receipts and published parcels."""
         return SigningKey.load(self.keys / "identity.key")
+
+    @cached_property
+    def log_signer(self) -> Signer:
+        """Signs the checkpoints of the server's ledger."""
+        key = SigningKey.ensure(self.keys / "log.key")
+        return Signer(log_origin(SERVER, key.public), key)
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -288,7 +288,8 @@ class Intake:
         ).seal(self._key)
 
     def record_receipt_out(self, header: Header, receipt: bytes) -> None:
-        """Ledger a receipt of ours before it is sent."""
+        """Keep and ledger a receipt of ours before it is sent."""
+        self.store.put_bytes(receipt)
         self.ledger.record_once(
             Crossing(
                 direction="out",

@@ -36,11 +36,13 @@ class Member:
     domain: str
     pseudonym: str
     identity_key: str  # Ed25519, hex
+    log_key: str  # Ed25519, hex: signs the checkpoints of this domain's ledger
     certificate: str  # TLS client certificate, PEM
     certificate_fingerprint: str  # SHA-256 of its DER, hex
     node_id: str  # Flower SuperNode
     joined_s: int
     revoked_s: int = 0
+    revoked_size: int = 0  # entries in the server's ledger at that moment
 
     @property
     def key(self) -> PublicKey:
@@ -106,12 +108,17 @@ class Members:
         with self._file.locked():
             self._file.write({**self._file.read(), member.domain: asdict(member)})
 
-    def revoke(self, domain: str) -> None:
-        """Refuse everything from this domain from now on. Raises FederationError if it is unknown."""
+    def revoke(self, domain: str, *, ledger_size: int) -> None:
+        """Refuse everything from this domain from now on. What stands in the ledger before stays valid.
+
+        Raises FederationError if it is unknown or revoked already.
+        """
         member = self.get(domain)
-        if member is None:
-            raise FederationError(f"{domain!r} is not a member", next_step="see `isthmus server status`")
-        self.put(replace(member, revoked_s=int(time.time())))
+        if member is None or member.is_revoked:
+            raise FederationError(
+                f"{domain!r} is not a member in good standing", next_step="see `isthmus server status`"
+            )
+        self.put(replace(member, revoked_s=int(time.time()), revoked_size=ledger_size))
 
 
 class Invitations:

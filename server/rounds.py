@@ -133,6 +133,7 @@ def _publish_vector(
             base_digest=run.spec.base_digest,
             codec=Codec(run.spec.config.training.vector_codec),
             round=1 if kind is Kind.CANDIDATE else 2,
+            checkpoint=home.ledger.tree_head(),
         )
         parcel = seal_parcel(header, payload, home.identity)
         home.store.publish(parcel)

@@ -64,6 +64,7 @@ class Shore:
         self.ca: CertificateAuthority = create_ca(self.home / "keys")
         self.tls: TlsFiles = issue_server_certificate(self.ca, self.home / "keys", ["127.0.0.1"])
         self.key = SigningKey.ensure(self.home / "keys" / "identity.key")
+        self.log_key = SigningKey.ensure(self.home / "keys" / "log.key")
         self.restart()
         self.store.open_run(
             OpenRun(
@@ -115,6 +116,7 @@ class Owner:
 
     def __post_init__(self) -> None:
         self.key = SigningKey.ensure(self.home / "keys" / "identity.key")
+        self.log_key = SigningKey.ensure(self.home / "keys" / "log.key")
         self.member: Member = self._enrol()
         self.tls = TlsFiles(
             self.shore.ca.certificate, self.home / "keys" / "tls.crt", self.home / "keys" / "tls.key"
@@ -125,7 +127,9 @@ class Owner:
     def _enrol(self) -> Member:
         token = self.shore.invitations.invite(self.domain)
         csr = make_csr(self.domain, self.home / "keys" / "tls.key")
-        facts = EnrolmentFacts(self.domain, token, self.key.public.hex, csr, NODE_KEY)
+        facts = EnrolmentFacts(
+            self.domain, token, self.key.public.hex, self.log_key.public.hex, csr, NODE_KEY
+        )
         return self.shore.enroller.enrol(facts, self.key.sign(facts.signed_bytes()))
 
     def restart(self) -> None:

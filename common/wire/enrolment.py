@@ -18,6 +18,7 @@ class EnrolmentFacts:
     domain: str
     token: str
     identity_key: str  # Ed25519, hex
+    log_key: str  # Ed25519, hex
     tls_csr: bytes  # PEM
     node_key: bytes  # OpenSSH
 
@@ -28,6 +29,7 @@ class EnrolmentFacts:
                 "domain": self.domain,
                 "token": self.token,
                 "identity_key": self.identity_key,
+                "log_key": self.log_key,
                 "tls_csr": self.tls_csr.hex(),
                 "node_key": self.node_key.hex(),
             }

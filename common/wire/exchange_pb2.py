@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"isthmus/exchange/v1/exchange.proto\x12\x13isthmus.exchange.v1\"<\n\rUploadRequest\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9f\x01\n\x0bUploadReply\x12/\n\x07refused\x18\x01 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x12-\n\x06resume\x18\x02 \x01(\x0b\x32\x1b.isthmus.exchange.v1.ResumeH\x00\x12\x12\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0cH\x00\x12\x11\n\x07\x61lready\x18\x04 \x01(\x0cH\x00\x42\t\n\x07verdict\"8\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07receipt\x18\x03 \x01(\x0c\"\x18\n\x06Resume\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"m\n\rDownloadReply\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x42\x06\n\x04part\"%\n\x12\x41\x63knowledgeRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"\x12\n\x10\x41\x63knowledgeReply\"\x0f\n\rStatusRequest\"l\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nserver_key\x18\x02 \x01(\t\x12\x13\n\x0bledger_size\x18\x03 \x01(\x04\x12\x13\n\x0bledger_head\x18\x04 \x01(\t\x12\x0e\n\x06time_s\x18\x05 \x01(\x04\"u\n\x0c\x45nrolRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x0cidentity_key\x18\x03 \x01(\t\x12\x0f\n\x07tls_csr\x18\x04 \x01(\x0c\x12\x10\n\x08node_key\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\"{\n\nEnrolReply\x12/\n\x07refused\x18\x01 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x12\x31\n\x08\x65nrolled\x18\x02 \x01(\x0b\x32\x1d.isthmus.exchange.v1.EnrolledH\x00\x42\t\n\x07outcome\"W\n\x08\x45nrolled\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x12\n\nserver_key\x18\x02 \x01(\t\x12\x11\n\tpseudonym\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t2\xe5\x02\n\x08\x45xchange\x12R\n\x06Upload\x12\".isthmus.exchange.v1.UploadRequest\x1a .isthmus.exchange.v1.UploadReply(\x01\x30\x01\x12V\n\x08\x44ownload\x12$.isthmus.exchange.v1.DownloadRequest\x1a\".isthmus.exchange.v1.DownloadReply0\x01\x12]\n\x0b\x41\x63knowledge\x12\'.isthmus.exchange.v1.AcknowledgeRequest\x1a%.isthmus.exchange.v1.AcknowledgeReply\x12N\n\x06Status\x12\".isthmus.exchange.v1.StatusRequest\x1a .isthmus.exchange.v1.StatusReply2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.isthmus.exchange.v1.EnrolRequest\x1a\x1f.isthmus.exchange.v1.EnrolReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"isthmus/exchange/v1/exchange.proto\x12\x13isthmus.exchange.v1\"<\n\rUploadRequest\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9f\x01\n\x0bUploadReply\x12/\n\x07refused\x18\x01 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x12-\n\x06resume\x18\x02 \x01(\x0b\x32\x1b.isthmus.exchange.v1.ResumeH\x00\x12\x12\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0cH\x00\x12\x11\n\x07\x61lready\x18\x04 \x01(\x0cH\x00\x42\t\n\x07verdict\"8\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07receipt\x18\x03 \x01(\x0c\"\x18\n\x06Resume\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"m\n\rDownloadReply\x12\x12\n\x08\x65nvelope\x18\x01 \x01(\x0cH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x42\x06\n\x04part\"%\n\x12\x41\x63knowledgeRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"\x12\n\x10\x41\x63knowledgeReply\"\x0f\n\rStatusRequest\"l\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nserver_key\x18\x02 \x01(\t\x12\x13\n\x0bledger_size\x18\x03 \x01(\x04\x12\x13\n\x0bledger_head\x18\x04 \x01(\t\x12\x0e\n\x06time_s\x18\x05 \x01(\x04\"\x86\x01\n\x0c\x45nrolRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x0cidentity_key\x18\x03 \x01(\t\x12\x0f\n\x07tls_csr\x18\x04 \x01(\x0c\x12\x10\n\x08node_key\x18\x05 \x01(\x0c\x12\r\n\x05proof\x18\x06 \x01(\x0c\x12\x0f\n\x07log_key\x18\x07 \x01(\t\"{\n\nEnrolReply\x12/\n\x07refused\x18\x01 \x01(\x0b\x32\x1c.isthmus.exchange.v1.RefusedH\x00\x12\x31\n\x08\x65nrolled\x18\x02 \x01(\x0b\x32\x1d.isthmus.exchange.v1.EnrolledH\x00\x42\t\n\x07outcome\"W\n\x08\x45nrolled\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x12\n\nserver_key\x18\x02 \x01(\t\x12\x11\n\tpseudonym\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t2\xe5\x02\n\x08\x45xchange\x12R\n\x06Upload\x12\".isthmus.exchange.v1.UploadRequest\x1a .isthmus.exchange.v1.UploadReply(\x01\x30\x01\x12V\n\x08\x44ownload\x12$.isthmus.exchange.v1.DownloadRequest\x1a\".isthmus.exchange.v1.DownloadReply0\x01\x12]\n\x0b\x41\x63knowledge\x12\'.isthmus.exchange.v1.AcknowledgeRequest\x1a%.isthmus.exchange.v1.AcknowledgeReply\x12N\n\x06Status\x12\".isthmus.exchange.v1.StatusRequest\x1a .isthmus.exchange.v1.StatusReply2X\n\tEnrolment\x12K\n\x05\x45nrol\x12!.isthmus.exchange.v1.EnrolRequest\x1a\x1f.isthmus.exchange.v1.EnrolReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,14 +51,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_end=603
   _globals['_STATUSREPLY']._serialized_start=605
   _globals['_STATUSREPLY']._serialized_end=713
-  _globals['_ENROLREQUEST']._serialized_start=715
-  _globals['_ENROLREQUEST']._serialized_end=832
-  _globals['_ENROLREPLY']._serialized_start=834
-  _globals['_ENROLREPLY']._serialized_end=957
-  _globals['_ENROLLED']._serialized_start=959
-  _globals['_ENROLLED']._serialized_end=1046
-  _globals['_EXCHANGE']._serialized_start=1049
-  _globals['_EXCHANGE']._serialized_end=1406
-  _globals['_ENROLMENT']._serialized_start=1408
-  _globals['_ENROLMENT']._serialized_end=1496
+  _globals['_ENROLREQUEST']._serialized_start=716
+  _globals['_ENROLREQUEST']._serialized_end=850
+  _globals['_ENROLREPLY']._serialized_start=852
+  _globals['_ENROLREPLY']._serialized_end=975
+  _globals['_ENROLLED']._serialized_start=977
+  _globals['_ENROLLED']._serialized_end=1064
+  _globals['_EXCHANGE']._serialized_start=1067
+  _globals['_EXCHANGE']._serialized_end=1424
+  _globals['_ENROLMENT']._serialized_start=1426
+  _globals['_ENROLMENT']._serialized_end=1514
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from shores import Federation, read_json
 from common.models.base import model_digest
 
 PEM_BODY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(.+?)-----END", re.DOTALL)
-PRIVATE_FILES = ("identity.key", "tls.key", "flower.key", "ca.key", "superexec.secret")
+PRIVATE_FILES = ("identity.key", "log.key", "root.key", "tls.key", "flower.key", "ca.key", "superexec.secret")
 
 
 def check_summary(summary: dict[str, Any], domains: Iterable[str], rows: Iterable[str]) -> None:
@@ -45,8 +46,13 @@ def installed_digest(federation: Federation, name: str) -> str:
 
 
 def check_ledgers(federation: Federation, names: Iterable[str]) -> None:
-    """Both shores tell the same parcels: what one sent and got a receipt for, the other has received."""
-    server = federation.ledger()
+    """Both shores tell the same parcels, all are acknowledged, and an auditor finds nothing amiss."""
+    server, names = federation.ledger(), list(names)
+    report = audit(federation, names)
+    assert report["clean"], report
+    assert {shore["shore"] for shore in report["shores"]} == {"server", *names}
+    for domain in report["domains"]:
+        assert domain["domain"] not in names or domain["unacknowledged"] == [], domain
     for name in names:
         own = federation.ledger(name)
         up = {body["digest"] for body in own if _is(body, "out", "parcel")}
@@ -58,6 +64,20 @@ def check_ledgers(federation: Federation, names: Iterable[str]) -> None:
         for there, here in ((own, server), (server, own)):
             given = {b["digest"] for b in there if _is(b, "out", "receipt") and b["peer"] in (name, "server")}
             assert given <= {body["digest"] for body in here if _is(body, "in", "receipt")}
+
+
+def audit(federation: Federation, names: Iterable[str]) -> dict[str, Any]:
+    """What `isthmus audit verify` says of the homes as they are, each exported by its owner."""
+    folder = federation.folder / "audit"
+    for home in (federation.server, *map(federation.home, names)):
+        federation.ok("audit", "bundle", home, "--out", folder / "bundle", "--payloads")
+    federation.ok("server", "root", "--home", federation.server, "--out", folder / "root.json")
+    done = federation.cli(
+        "audit", "verify", folder / "bundle", "--root", folder / "root.json", "--format", "json"
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if found["clean"] else 1)
+    return found
 
 
 def _is(body: dict[str, Any], direction: str, kind: str, peer: str = "") -> bool:

@@ -319,7 +319,7 @@ def test_revoked_member_is_out(shore: Shore, tmp_path: Path) -> None:
     with shore.serve() as serving:
         client = toys.client(address(serving))
         client.status()
-        shore.members.revoke("toys")
+        shore.members.revoke("toys", ledger_size=0)
         for call in (client.status, lambda: client.fetch(published.digest, tmp_path / "got")):
             with pytest.raises(RefusedError) as caught:
                 call()
@@ -407,6 +407,7 @@ def test_enrolment_over_the_wire(shore: Shore, tmp_path: Path) -> None:
             domain="toys",
             token=token,
             identity=as_key,
+            log_key=SigningKey(b"9" * 32).public,
             tls_csr=make_csr("toys", tmp_path / "tls.key"),
             node_key=NODE_KEY,
             server_key=expected.public,

@@ -77,7 +77,7 @@ def test_a_broken_link_costs_no_key_and_no_invitation(
     with pytest.raises(TransportError):
         joined(nobody, tmp_path / "home", data, federation)
     keys = {path.name: path.read_bytes() for path in (tmp_path / "home" / "keys").glob("*.key")}
-    assert set(keys) == {"identity.key", "tls.key", "flower.key"}
+    assert set(keys) == {"identity.key", "log.key", "tls.key", "flower.key"}
     joined(kit, tmp_path / "home", data, federation)
     assert keys == {name: (tmp_path / "home" / "keys" / name).read_bytes() for name in keys}
     (tmp_path / "home" / "client.toml").unlink()  # the answer was lost: the same keys may ask again
@@ -175,7 +175,7 @@ def test_a_run_is_checked_before_anybody_trains(federation: LocalFederation) -> 
 
 def test_a_revoked_member_takes_no_part(federation: LocalFederation, tmp_path: Path, data: Path) -> None:
     joined(invited(federation, "yachts", tmp_path), tmp_path / "home", data, federation)
-    federation.server().members.revoke("yachts")
+    federation.server().members.revoke("yachts", ledger_size=0)
     members = create_run(federation.server(), pico_run_config(federation.base)).spec.members
     assert "toys" in members
     assert "yachts" not in members

@@ -72,7 +72,7 @@ def test_every_outcome_is_a_status_and_a_code(
 ) -> None:
     assert outcome(home, error) == {"status": status, "code": code}
     body = home.ledger[0].body
-    assert (body["direction"], body["peer"], body["run"]) == ("in", "lab", "demo-1")
+    assert (body["direction"], body["peer"], body["run"]) == ("in", "server", "demo-1")
 
 
 def test_an_order_is_in_the_ledger_once_however_often_it_comes(home: Any) -> None:

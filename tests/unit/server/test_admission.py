@@ -129,7 +129,7 @@ def test_identity(shore: Shore, toys: Owner, tmp_path: Path) -> None:
         refused_before_payload(shore, Parcel(bytes(forged), parcel.header, parcel.payload), toys)
         == "signature"
     )
-    shore.members.revoke("toys")
+    shore.members.revoke("toys", ledger_size=0)
     assert refused_before_payload(shore, parcel, toys) == "revoked"
 
 

@@ -1,5 +1,7 @@
 """Invitations and members."""
 
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,21 @@ def shore(tmp_path: Path) -> Shore:
     return Shore(tmp_path / "server")
 
 
-def _facts(tmp_path: Path, token: str, key: SigningKey, domain: str = "toys") -> EnrolmentFacts:
-    return EnrolmentFacts(domain, token, key.public.hex, make_csr(domain, tmp_path / "tls.key"), NODE_KEY)
+def _log_key(key: SigningKey) -> SigningKey:
+    return SigningKey(sha256(key.public.raw).digest())
+
+
+def _facts(
+    tmp_path: Path,
+    token: str,
+    key: SigningKey,
+    domain: str = "toys",
+    *,
+    log_key: SigningKey | None = None,
+) -> EnrolmentFacts:
+    log_public = (log_key or _log_key(key)).public
+    csr = make_csr(domain, tmp_path / "tls.key")
+    return EnrolmentFacts(domain, token, key.public.hex, log_public.hex, csr, NODE_KEY)
 
 
 def test_enrolment_is_single_use_but_repeatable(shore: Shore, tmp_path: Path) -> None:
@@ -51,7 +66,7 @@ def test_refusals(shore: Shore, tmp_path: Path) -> None:
     expired = _facts(tmp_path, shore.invitations.invite("toys", lifetime_s=-1), key)
     with pytest.raises(RefusedError, match="expired"):
         shore.enroller.enrol(expired, key.sign(expired.signed_bytes()))
-    bad = EnrolmentFacts("toys", shore.invitations.invite("toys"), key.public.hex, b"no csr", NODE_KEY)
+    bad = replace(_facts(tmp_path, shore.invitations.invite("toys"), key), tls_csr=b"no csr")
     with pytest.raises(ParcelError):
         shore.enroller.enrol(bad, key.sign(bad.signed_bytes()))
     assert shore.members.all() == []
@@ -65,7 +80,12 @@ def test_keys_are_not_replaced_silently(shore: Shore, tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         shore.enroller.enrol(other, new.sign(other.signed_bytes()))
     assert caught.value.reason == "already-member"
-    shore.members.revoke("toys")
+    shore.members.revoke("toys", ledger_size=7)
+    revoked = shore.members.get("toys")
+    assert revoked is not None
+    assert (revoked.is_revoked, revoked.revoked_size) == (True, 7)
+    with pytest.raises(FederationError):
+        shore.members.revoke("toys", ledger_size=8)
     assert shore.enroller.enrol(other, new.sign(other.signed_bytes())).identity_key == new.public.hex
 
 
@@ -74,4 +94,17 @@ def test_names(shore: Shore) -> None:
         with pytest.raises(FederationError):
             shore.invitations.invite(name)
     with pytest.raises(FederationError):
-        shore.members.revoke("nobody")
+        shore.members.revoke("nobody", ledger_size=0)
+
+
+def test_a_key_has_one_purpose_and_one_owner(shore: Shore, tmp_path: Path) -> None:
+    toys, beauty = SigningKey(bytes(32)), SigningKey(b"2" * 32)
+    both = _facts(tmp_path, shore.invitations.invite("toys"), toys, log_key=toys)
+    with pytest.raises(RefusedError, match="log key"):
+        shore.enroller.enrol(both, toys.sign(both.signed_bytes()))
+    facts = _facts(tmp_path, shore.invitations.invite("toys"), toys)
+    shore.enroller.enrol(facts, toys.sign(facts.signed_bytes()))
+    for taken in (toys, _log_key(toys)):
+        borrowed = _facts(tmp_path, shore.invitations.invite("beauty"), beauty, "beauty", log_key=taken)
+        with pytest.raises(RefusedError, match="log key"):
+            shore.enroller.enrol(borrowed, beauty.sign(borrowed.signed_bytes()))

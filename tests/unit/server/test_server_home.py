@@ -71,7 +71,7 @@ def test_the_environment_names_the_home(home: ServerHome, monkeypatch: pytest.Mo
 
 
 def test_members_and_pseudonyms(home: ServerHome) -> None:
-    home.members.put(Member("toys", "domain-1", home.identity.public.hex, "PEM", "f" * 64, "12", 5))
+    home.members.put(Member("toys", "domain-1", "1" * 64, "2" * 64, "PEM", "f" * 64, "12", 5))
     assert home.pseudonym("toys") == "domain-1"
     with pytest.raises(FederationError, match="'books' is not a member"):
         home.member("books")

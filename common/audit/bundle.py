@@ -1,0 +1,115 @@
+"""The bundle: a folder with what an auditor needs, from one shore or from several.
+
+    root.json                      whose keys count, as the exporting shore knows it
+    shores/<name>/ledger.jsonl     a ledger, byte for byte; <name> is "server" or a domain
+    shores/<name>/checkpoint       its newest checkpoint, a signed note
+    parcels/<digest>.dsse          headers in their envelopes, named by the envelope's SHA-256
+    receipts/<digest>.dsse         receipts
+    payloads/<digest>              payloads, where they were asked for, named by their SHA-256
+
+Every shore exports its own part (`isthmus audit bundle HOME --out DIR`); into the same folder they become one
+bundle. Nothing in a bundle is trusted: `common.audit.verify` derives everything again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.files import sha256_bytes, storage_errors, write_atomic
+from common.ledger import Ledger
+from common.notes import Checkpoint, Note, Signer
+from common.statements import DIGEST_PATTERN, NAME_PATTERN
+
+LEDGER, CHECKPOINT, ROOT = "ledger.jsonl", "checkpoint", "root.json"
+
+
+class Bundle:
+    """A bundle's folder. Raises ConfigError when there is no bundle at `path` (`create` makes one)."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        self.path = path
+        if create:
+            with storage_errors(path):
+                (path / "shores").mkdir(parents=True, exist_ok=True)
+        if not (path / "shores").is_dir():
+            raise ConfigError(f"{path} is not a bundle", next_step="isthmus audit bundle HOME --out DIR")
+
+    # What is in it
+
+    def shores(self) -> list[str]:
+        """Names of the shores whose ledgers are here; other folders are not looked at."""
+        found = sorted(folder.name for folder in (self.path / "shores").iterdir() if folder.is_dir())
+        return [name for name in found if re.fullmatch(NAME_PATTERN, name) and self.ledger(name).is_file()]
+
+    def ledger(self, shore: str) -> Path:
+        """The ledger of `shore`."""
+        return self.path / "shores" / shore / LEDGER
+
+    def checkpoint(self, shore: str) -> str | None:
+        """The newest checkpoint of `shore` as text, or None."""
+        try:
+            return (self.path / "shores" / shore / CHECKPOINT).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+
+    def envelope(self, digest: str) -> bytes | None:
+        """The parcel's envelope with this SHA-256, or None where it is missing or another one."""
+        return self._read("parcels", digest)
+
+    def receipt(self, digest: str) -> bytes | None:
+        """The receipt with this SHA-256, or None."""
+        return self._read("receipts", digest)
+
+    def payload(self, digest: str) -> Path | None:
+        """The payload of this name, or None where it is not here. It is not hashed here."""
+        path = self.path / "payloads" / digest
+        return path if re.fullmatch(DIGEST_PATTERN, digest) and path.is_file() else None
+
+    def _read(self, kind: str, digest: str) -> bytes | None:
+        try:
+            data = (self.path / kind / f"{digest}.dsse").read_bytes()
+        except FileNotFoundError:
+            return None
+        return data if sha256_bytes(data) == digest else None
+
+    # Putting in
+
+    def put_ledger(self, shore: str, ledger: Ledger, signer: Signer) -> Note:
+        """Copy a ledger and sign a checkpoint of it as it is now. Raises StorageError."""
+        head = ledger.tree_head()
+        note = signer.sign(Checkpoint(signer.name, head.size, bytes.fromhex(head.root)).text())
+        folder = self.path / "shores" / shore
+        write_atomic(folder / LEDGER, ledger.snapshot(head.size))
+        write_atomic(folder / CHECKPOINT, str(note).encode())
+        return note
+
+    def put_envelopes(self, envelopes: Iterable[bytes]) -> None:
+        """Add parcels' envelopes. Raises StorageError."""
+        for envelope in envelopes:
+            write_atomic(self.path / "parcels" / f"{sha256_bytes(envelope)}.dsse", envelope)
+
+    def put_receipts(self, receipts: Iterable[bytes]) -> None:
+        """Add receipts. Raises StorageError."""
+        for receipt in receipts:
+            write_atomic(self.path / "receipts" / f"{sha256_bytes(receipt)}.dsse", receipt)
+
+    def put_payload(self, digest: str, source: Path) -> None:
+        """Add a payload: by a hard link where the disk allows it, else a copy. Raises StorageError."""
+        target = self.path / "payloads" / digest
+        if target.exists():
+            return
+        with storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+
+    def put_root(self, data: bytes) -> None:
+        """Add the root file as the exporting shore knows it. Raises StorageError."""
+        write_atomic(self.path / ROOT, data)

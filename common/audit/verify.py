@@ -1,0 +1,456 @@
+"""Verifying a bundle offline: from the root file and nothing else, derive again what crossed.
+
+For each ledger: its lines (form, order, chain), its Merkle root against the signed checkpoint, and every
+entry against the signed bytes that it speaks of. Between the ledgers: what one shore says it sent, the
+other must say it received, and the reverse; every receipt must prove its entry and agree with the tree of
+the shore that gave it, so that a shore which shows two histories is found.
+
+A *finding* is something that must not be. An *unacknowledged* send is legal: a crash or a cut link between
+the entry and the receipt. What a bundle cannot prove is said beside each domain. Clocks decide nothing
+here: expiry was enforced when a parcel came in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common import canonical, merkle
+from common.audit.bundle import Bundle
+from common.errors import IsthmusError, LedgerError, ParcelError
+from common.files import sha256_bytes
+from common.ledger import LINE_BYTES, Crossing, walk
+from common.notes import Checkpoint
+from common.parcels import EVERYONE, SERVER, Header, Kind, Privacy, Receipt
+from common.payloads import check_tensors, inspect
+from common.roots import Party, Root, RootMember, log_verifier
+from common.signing import Sealed
+from common.statements import TreeHead
+
+FROM_A_DOMAIN = frozenset({Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS})
+FROM_THE_SERVER = frozenset({Kind.CANDIDATE, Kind.UNIVERSAL_MODEL, Kind.REVOCATION})
+LIMITS = (
+    "that nothing left by another way: traffic that never passed the gate is in no ledger",
+    "what a task vector or a metric says about the data behind it: neither is anonymous",
+    "what control messages said: they are recorded by digest and size",
+    "that the two shores did not agree to keep the same false books",
+)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that must not be, at entry `index` of the ledger of `shore` (-1: not at one entry)."""
+
+    shore: str
+    index: int
+    code: str
+    reason: str
+
+
+@dataclass
+class Tally:
+    """How many messages of one kind, and their bytes, payloads included."""
+
+    count: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class DomainReport:
+    """The verdict on one domain. `sent` and `received` are seen from the domain."""
+
+    domain: str
+    pseudonym: str
+    signer: str
+    sent: dict[str, Tally] = field(default_factory=dict)
+    received: dict[str, Tally] = field(default_factory=dict)
+    privacy: list[dict[str, int | str]] = field(default_factory=list)
+    unacknowledged: list[dict[str, int | str]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    not_proven: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ShoreReport:
+    """One ledger: how long it is, its root, and how much of it a signed checkpoint covers."""
+
+    shore: str
+    entries: int
+    root: str
+    checkpoint_size: int
+    origin: str
+
+
+@dataclass
+class AuditReport:
+    """What `verify` found. `findings` are those of no single domain."""
+
+    root_version: int
+    shores: list[ShoreReport]
+    domains: list[DomainReport]
+    findings: list[Finding]
+
+    @property
+    def all_findings(self) -> list[Finding]:
+        """Every finding, ledger by ledger, the first bad entry of each first."""
+        found = [*self.findings, *(finding for domain in self.domains for finding in domain.findings)]
+        return sorted(found, key=lambda finding: (finding.shore, finding.index))
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is no finding."""
+        return not self.all_findings
+
+
+@dataclass
+class _Log:
+    """A ledger as it was read: entries up to the first damaged one, and the tree over them."""
+
+    shore: str
+    party: Party
+    crossings: list[Crossing]
+    tree: merkle.Tree
+    covered: int = 0
+
+    def at(self, type_: str, direction: str, peer: str | None = None) -> Iterator[tuple[int, Crossing]]:
+        """Entries of this type and direction, with (None: any) `peer`."""
+        for index, crossing in enumerate(self.crossings):
+            if (crossing.type, crossing.direction) == (type_, direction) and peer in (None, crossing.peer):
+                yield index, crossing
+
+    def agrees(self, head: TreeHead) -> bool:
+        """Whether this ledger had that root at that size."""
+        return head.size <= len(self.tree) and self.tree.root(head.size).hex() == head.root
+
+
+def verify(bundle: Bundle, root: Root, on_step: Progress = lambda *_: None) -> AuditReport:
+    """Derive everything again. Never raises for what is in the bundle: that becomes a finding."""
+    return _Audit(bundle, root, on_step).report()
+
+
+class _Audit:
+    def __init__(self, bundle: Bundle, root: Root, on_step: Progress) -> None:
+        self._bundle, self._root, self._on_step = bundle, root, on_step
+        self._findings: list[Finding] = []
+        self._headers: dict[str, Header] = {}
+        self._receipts: dict[str, Receipt] = {}
+        self._heads: dict[str, list[TreeHead]] = defaultdict(list)  # signed by each shore about itself
+        self._payloads: dict[str, str] = {}
+        self._nonces: dict[tuple[str, str], str] = {}
+        self._without_payload: Counter[str] = Counter()
+
+    def report(self) -> AuditReport:
+        parties = self._root.parties()
+        logs: dict[str, _Log] = {}
+        for shore in self._bundle.shores():
+            if shore in parties:
+                logs[shore] = self._read(shore, parties[shore])
+            else:
+                self._find(shore, -1, "unknown-shore", "no such shore in the root file")
+        for log in logs.values():
+            for index, crossing in enumerate(log.crossings):
+                self._on_step(log.shore, index + 1, len(log.crossings))
+                self._check_entry(log, index, crossing)
+        for log in logs.values():
+            self._repeats(log)
+            self._check_histories(log)
+            self._check_checkpoint(log)
+        domains = [self._domain(member, logs) for member in self._root.members]
+        names = {report.domain for report in domains}
+        for report in domains:
+            report.findings = [found for found in self._findings if found.shore == report.domain]
+        shores = [
+            ShoreReport(
+                log.shore,
+                len(log.crossings),
+                log.tree.root().hex(),
+                log.covered,
+                log_verifier(log.shore, log.party).name,
+            )
+            for log in logs.values()
+        ]
+        others = [found for found in self._findings if found.shore not in names]
+        return AuditReport(self._root.version, shores, domains, others)
+
+    def _find(self, shore: str, index: int, code: str, reason: str) -> None:
+        self._findings.append(Finding(shore, index, code, reason))
+
+    # One ledger
+
+    def _read(self, shore: str, party: Party) -> _Log:
+        log = _Log(shore, party, [], merkle.Tree())
+        try:
+            for entry, line in walk(self._bundle.ledger(shore)):
+                log.crossings.append(Crossing.read(entry.body))
+                log.tree.append(merkle.leaf_hash(line))
+        except LedgerError as err:
+            index = _first_changed(self._bundle.ledger(shore), len(log.crossings))
+            at = "" if index == len(log.crossings) else f"entry {len(log.crossings)} "
+            self._find(shore, index, "damaged", f"{at}{err.message}; nothing after it was read")
+        return log
+
+    def _check_checkpoint(self, log: _Log) -> None:
+        note = self._bundle.checkpoint(log.shore)
+        if note is None:
+            self._find(log.shore, -1, "no-checkpoint", "the ledger has no signed checkpoint")
+            return
+        try:
+            checkpoint = Checkpoint.open(note, log_verifier(log.shore, log.party))
+        except IsthmusError as err:
+            self._find(log.shore, -1, "checkpoint", err.message)
+            return
+        head = TreeHead(size=checkpoint.size, root=checkpoint.root.hex())
+        if head.size > len(log.tree):
+            reason = f"the signed checkpoint has {head.size} entries, the ledger {len(log.tree)}"
+            self._find(log.shore, len(log.tree), "truncated", reason)
+        elif not log.agrees(head):
+            reason = f"the ledger is not the one of the signed checkpoint of size {head.size}"
+            self._find(log.shore, self._last_agreement(log), "rewritten", reason)
+        else:
+            log.covered = head.size
+
+    def _check_histories(self, log: _Log) -> None:
+        """Every tree head that this shore signed in a header or a receipt must be of this ledger."""
+        wrong = [head for head in self._heads[log.shore] if not log.agrees(head)]
+        if wrong:
+            smallest = min(wrong, key=lambda head: head.size)
+            reason = (
+                f"{log.shore} signed another history in a header or a receipt: {len(wrong)} of "
+                f"{len(self._heads[log.shore])} tree heads, the first of size {smallest.size}"
+            )
+            self._find(log.shore, self._last_agreement(log), "other-history", reason)
+
+    def _last_agreement(self, log: _Log) -> int:
+        """The size up to which signed tree heads agree: what was changed is at or after this index."""
+        return max((head.size for head in self._heads[log.shore] if log.agrees(head)), default=0)
+
+    # One entry
+
+    def _check_entry(self, log: _Log, index: int, crossing: Crossing) -> None:
+        if crossing.peer not in self._root.parties() and crossing.peer != "unknown":
+            self._find(log.shore, index, "unknown-peer", "the other side is not in the root file")
+        elif crossing.type == "parcel":
+            self._check_parcel(log, index, crossing)
+        elif crossing.type == "receipt":
+            self._check_receipt(log, index, crossing)
+
+    def _check_parcel(self, log: _Log, index: int, crossing: Crossing) -> None:
+        outgoing = crossing.direction == "out"
+        if not outgoing and crossing.verdict != "accepted":
+            return  # refused: nothing of it was taken, and what was offered need not be a parcel at all
+        sender, receiver = (log.shore, crossing.peer) if outgoing else (crossing.peer, log.shore)
+        header = self._header(crossing.digest, sender)
+        if isinstance(header, str):
+            self._find(log.shore, index, "header", header)
+            return
+        envelope = self._bundle.envelope(crossing.digest) or b""
+        allowed = FROM_THE_SERVER if sender == SERVER else FROM_A_DOMAIN
+        for fine, code, reason in (
+            (header.sender == sender, "sender", f"the header is by {header.sender}"),
+            (header.recipient in (receiver, EVERYONE), "recipient", "the header is for somebody else"),
+            (header.kind in allowed, "kind", f"{sender} may not send a {header.kind}"),
+            (header.kind == crossing.kind, "kind", f"the header is of a {header.kind}"),
+            (header.run == crossing.run, "run", f"the header is of run {header.run}"),
+            (
+                crossing.size_bytes == len(envelope) + header.payload_bytes,
+                "size",
+                f"{crossing.size_bytes} bytes recorded, header and payload have "
+                f"{len(envelope) + header.payload_bytes}",
+            ),
+            (
+                not any(fact.is_table for fact in header.tensors),
+                "embedding-table",
+                "an embedding table crossed: its rows name the words of the data",
+            ),
+        ):
+            if not fine:
+                self._find(log.shore, index, code, reason)
+        if outgoing and header.checkpoint.size > index:
+            self._find(log.shore, index, "order", "the header speaks of entries that come after it")
+        member = self._root.member(sender)
+        if not outgoing and member is not None and member.revoked_s and index >= member.revoked_size:
+            self._find(log.shore, index, "revoked", f"accepted from {sender} after it was revoked")
+        self._check_payload(log.shore, index, crossing.digest, header)
+
+    def _header(self, digest: str, sender: str) -> Header | str:
+        """The verified header, or what is wrong with it. Its tree head and nonce are taken note of once."""
+        if digest in self._headers:
+            return self._headers[digest]
+        envelope = self._bundle.envelope(digest)
+        if envelope is None:
+            return "its signed header is not in the bundle"
+        try:
+            header = Header.open(envelope, self._root.parties()[sender].identity)
+        except IsthmusError as err:
+            return err.message
+        self._headers[digest] = header
+        self._heads[sender].append(header.checkpoint)
+        return header
+
+    def _check_payload(self, shore: str, index: int, digest: str, header: Header) -> None:
+        earlier = self._nonces.setdefault((header.sender, header.nonce), digest)
+        if earlier != digest:
+            self._find(shore, index, "nonce", "its nonce was used for another parcel")
+        if header.payload_digest not in self._payloads:
+            self._payloads[header.payload_digest] = self._payload_problem(header)
+        problem = self._payloads[header.payload_digest]
+        if problem == "absent":
+            self._without_payload[shore] += 1
+        elif problem:
+            self._find(shore, index, "payload", problem)
+
+    def _payload_problem(self, header: Header) -> str:
+        path = self._bundle.payload(header.payload_digest)
+        if path is None:
+            return "absent"
+        try:
+            facts = inspect(path, header)
+            if (facts.digest, facts.size_bytes) != (header.payload_digest, header.payload_bytes):
+                return "the payload in the bundle is not the one that the header names"
+            if header.kind.holds_tensors:
+                check_tensors(header, facts, max_norm=float("inf"))
+        except IsthmusError as err:
+            return err.message.replace(str(path), "payload")
+        return ""
+
+    def _check_receipt(self, log: _Log, index: int, crossing: Crossing) -> None:
+        giver = log.shore if crossing.direction == "out" else crossing.peer
+        taker = crossing.peer if crossing.direction == "out" else log.shore
+        envelope = self._bundle.receipt(crossing.digest)
+        if envelope is None:
+            self._find(log.shore, index, "receipt", "it is not in the bundle")
+            return
+        try:
+            receipt = Receipt.open(envelope, self._root.parties()[giver].identity)
+            if (receipt.sender, receipt.receiver) != (taker, giver):
+                raise LedgerError(f"the receipt is by {receipt.receiver} for {receipt.sender}")
+            if crossing.size_bytes != len(envelope):
+                raise LedgerError(f"{crossing.size_bytes} bytes recorded, the receipt has {len(envelope)}")
+            self._check_receipt_against_parcel(receipt)
+        except IsthmusError as err:
+            self._find(log.shore, index, "receipt", err.message)
+            return
+        self._receipts[crossing.digest] = receipt
+        self._heads[giver].append(receipt.checkpoint)
+
+    def _check_receipt_against_parcel(self, receipt: Receipt) -> None:
+        envelope = self._bundle.envelope(receipt.parcel_digest)
+        if envelope is None:
+            if receipt.verdict == "refused":
+                return  # the server keeps no header of what it refused; the domain's outbox has it
+            raise LedgerError("the header of what it acknowledges is not in the bundle")
+        header = Header.open(Sealed.parse(envelope), self._root.parties()[receipt.sender].identity)
+        receipt.check_matches(receipt.parcel_digest, header)
+        receipt.check_entry(len(envelope), header.payload_bytes)
+
+    # Both ledgers of one domain
+
+    def _domain(self, member: RootMember, logs: dict[str, _Log]) -> DomainReport:
+        report = DomainReport(member.domain, member.pseudonym, member.identity.key_id)
+        own, server = logs.get(member.domain), logs.get(SERVER)
+        seen_from = own or server
+        if seen_from is not None:
+            self._tally(report, seen_from, is_own=own is not None)
+        if own is not None and server is not None:
+            self._reconcile(own, server)
+            report.unacknowledged = [
+                *self._unacknowledged(own, SERVER),
+                *self._unacknowledged(server, member.domain),
+            ]
+        for name, log in ((member.domain, own), (SERVER, server)):
+            if log is None:
+                report.not_proven.append(f"what the ledger of {name} would say: it is not in the bundle")
+            elif log.covered < len(log.crossings):
+                report.not_proven.append(
+                    f"entries {log.covered} to {len(log.crossings) - 1} of the ledger of {name}: "
+                    "no signed checkpoint covers them"
+                )
+        missing = self._without_payload[member.domain]
+        if missing:
+            report.not_proven.append(
+                f"the content of {missing} parcels: their payloads are not in the bundle"
+            )
+        report.not_proven.extend(LIMITS)
+        return report
+
+    def _tally(self, report: DomainReport, log: _Log, *, is_own: bool) -> None:
+        for crossing in log.crossings:
+            if not is_own and crossing.peer != report.domain:
+                continue
+            sent = (crossing.direction == "out") == is_own
+            tallies = report.sent if sent else report.received
+            name = crossing.kind if crossing.type == "parcel" else crossing.type
+            tally = tallies.setdefault(name, Tally())
+            tally.count += 1
+            tally.bytes += crossing.size_bytes
+            header = self._headers.get(crossing.digest)
+            if sent and header is not None and header.privacy != Privacy():
+                report.privacy.append(
+                    {"run": header.run, "kind": header.kind.value, **header.privacy.model_dump()}
+                )
+
+    def _repeats(self, log: _Log) -> None:
+        """What is logged once must be there once (control messages may repeat)."""
+        first: dict[tuple[str, ...], int] = {}
+        for index, crossing in enumerate(log.crossings):
+            key = (crossing.direction, crossing.type, crossing.digest, crossing.peer, crossing.verdict)
+            if crossing.type != "message" and first.setdefault(key, index) != index:
+                self._find(log.shore, index, "repeated", f"the same as entry {first[key]}")
+
+    def _reconcile(self, own: _Log, server: _Log) -> None:
+        for giver, taker in ((own, server), (server, own)):
+            given = {crossing.digest for _, crossing in giver.at("parcel", "out", taker.shore)}
+            for index, crossing in taker.at("parcel", "in", giver.shore):
+                if crossing.verdict == "accepted" and crossing.digest not in given:
+                    reason = f"{giver.shore}'s ledger never sent this parcel"
+                    self._find(taker.shore, index, "never-sent", reason)
+            receipts = {crossing.digest for _, crossing in giver.at("receipt", "out", taker.shore)}
+            for index, crossing in taker.at("receipt", "in", giver.shore):
+                if crossing.digest not in receipts:
+                    self._find(
+                        taker.shore, index, "never-sent", f"{giver.shore}'s ledger never gave this receipt"
+                    )
+            spoken = Counter(crossing.digest for _, crossing in giver.at("message", "out", taker.shore))
+            for index, crossing in taker.at("message", "in", giver.shore):
+                spoken[crossing.digest] -= 1
+                if spoken[crossing.digest] < 0:
+                    reason = f"{giver.shore}'s ledger never sent this control message"
+                    self._find(taker.shore, index, "never-sent", reason)
+
+    def _unacknowledged(self, log: _Log, peer: str) -> list[dict[str, int | str]]:
+        answered = {
+            self._receipts[crossing.digest].parcel_digest
+            for _, crossing in log.at("receipt", "in", peer)
+            if crossing.digest in self._receipts
+        }
+        return [
+            {"shore": log.shore, "index": index, "kind": crossing.kind, "digest": crossing.digest}
+            for index, crossing in log.at("parcel", "out", peer)
+            if crossing.digest not in answered
+        ]
+
+
+def _first_changed(path: Path, broken: int) -> int:
+    """Which line was changed where line `broken` does not follow: it, or the one before it.
+
+    If only its `prev` is wrong and the line after repeats its digest, it is as it was written: the one
+    before it was changed.
+    """
+    with path.open("rb") as source:
+        line, after = [*islice(source, broken, broken + 2), b"", b""][:2]
+    entry, following = _entry(line), _entry(after)
+    intact = entry.get("index") == broken and following.get("prev") == sha256_bytes(line[:-1])
+    return broken - 1 if intact and broken else broken
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    try:
+        record = canonical.decode(line[:-1], max_bytes=LINE_BYTES)
+    except ParcelError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,27 @@
+"""The merge server's part of an audit bundle: its ledger, headers, receipts, and the root file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.audit.bundle import Bundle
+from common.parcels import SERVER
+from server.home import ServerHome
+from server.roots import newest_root
+
+
+def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
+    """Add the server's home at `path` to `bundle`. `payloads`: also every payload in its store.
+
+    Raises ConfigError (no home, no root key), LedgerError (damaged ledger), StorageError.
+    """
+    home = ServerHome(path)
+    bundle.put_root(newest_root(home).encode())
+    bundle.put_ledger(SERVER, home.ledger, home.log_signer)
+    store = home.store
+    for stored in store.records():
+        bundle.put_envelopes([store.read_bytes(stored.digest)])
+        if payloads:
+            bundle.put_payload(stored.payload_digest, store.object_path(stored.payload_digest))
+    receipts = {entry.body["digest"] for entry in home.ledger if entry.body["type"] == "receipt"}
+    bundle.put_receipts(store.read_bytes(digest) for digest in receipts if store.object_path(digest).exists())
