@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data_channel, learned_step, learned_task, merge_command, model_folders
+from benchmarks import data_channel, learned_step, learned_task, ledger, merge_command, model_folders
 from benchmarks.measure import line, medians, take_turns
 
 
@@ -99,3 +99,12 @@ def test_data_channel(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert set(record["medians"]) == {"up", "down", "copy"}
     assert record["server_peak_bytes"] >= record["server_before_bytes"] > 0
+
+
+def test_ledger(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    ledger.main(["--entries", "40", "--folder", str(tmp_path), "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["entries"] == 40
+    assert set(record["proof_us"]) == {"make", "verify", "grown"}
+    assert all(value > 0 for value in record["proof_us"].values())
