@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ from rich.table import Table
 from clients.data.domain import Domain
 from clients.home import ClientHome
 from common.console import progress_bars
-from common.errors import ConfigError
+from common.errors import ConfigError, SignatureError
 from common.kit import read_kit
 from common.progress import read_status
 
@@ -34,17 +35,36 @@ def join(
     home: HomeOption = DEFAULT_HOME,
     base: Annotated[str, typer.Option(help="the base model: embedded, or a folder")] = "embedded",
     port: Annotated[int, typer.Option(help="loopback port of the SuperNode")] = 19094,
+    fingerprint: Annotated[
+        str, typer.Option(help="the server's, as the operator told you; a terminal asks for it if missing")
+    ] = "",
 ) -> None:
-    """Make this owner's home and keys, and enrol at the server."""
+    """Make this owner's home and keys, and enrol at the server, once its fingerprint is compared."""
     from clients.join import join as do_join
 
     read = read_kit(kit)
     typer.echo(f"joining {read.server} as {read.domain}")
-    typer.echo(f"server's fingerprint, to compare with the operator: {read.fingerprint}")
     typer.echo(f"run policy: {read.run_policy}")
+    _compare_fingerprint(read.fingerprint, fingerprint)
     opened = do_join(read, home.expanduser(), data=data, base=base, supernode_port=port)
     typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / 'client.toml'}")
     typer.echo(f"next: isthmus client up --home {home}")
+
+
+def _compare_fingerprint(of_the_kit: str, told: str) -> None:
+    """Hold the kit's fingerprint against what the operator said by another way. Raises SignatureError."""
+    if told:
+        if "".join(told.lower().split()) != "".join(of_the_kit.split()):
+            raise SignatureError(
+                f"the kit's fingerprint is {of_the_kit}, not the one that you were told",
+                next_step="do not join: ask the operator for a new kit by another way",
+            )
+        return
+    typer.echo(f"server's fingerprint, to compare with the operator: {of_the_kit}")
+    if sys.stdin.isatty():
+        typer.confirm("does the operator read out the same one?", abort=True)
+    else:
+        typer.echo("nobody compared it here; --fingerprint does", err=True)
 
 
 @app.command()

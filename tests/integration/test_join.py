@@ -123,8 +123,15 @@ def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data
     invoke = CliRunner().invoke
     invited(federation, "music", tmp_path)
     arguments = ["--data", str(data), "--home", str(tmp_path / "home"), "--base", str(federation.base)]
-    shown = invoke(client_command, ["join", str(tmp_path / "music.kit.json"), *arguments])
+    join_command = ["join", str(tmp_path / "music.kit.json"), *arguments]
+    refused = invoke(client_command, [*join_command, "--fingerprint", "87ba 3fd7"])
+    assert isinstance(refused.exception, SignatureError)
+    assert not (tmp_path / "home").exists()
+    shown = invoke(client_command, join_command)
     assert shown.exit_code == 0, shown.output
+    told = federation.server().identity.public.fingerprint.upper().replace(" ", "")
+    again = invoke(client_command, [*join_command, "--fingerprint", told])
+    assert isinstance(again.exception, ConfigError)  # compared, and past it: there is a home now
     assert federation.server().identity.public.fingerprint in shown.output
     assert "never asks for an interaction" in shown.output
     home = ["--home", str(tmp_path / "home")]
