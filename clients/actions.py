@@ -63,6 +63,7 @@ class Actions:
         step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
         step(order, base)
         self._home.journal.put(key, {**fact, "done": True})
+        self._home.keep_checkpoint()
         self._status(phase=f"{order.action}: done")
 
     def unfinished(self) -> list[bytes]:

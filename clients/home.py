@@ -2,7 +2,8 @@
 
 client.toml     what the owner decides: data, base model, policy, approved app bundles
 keys/           identity and log (Ed25519), TLS key and certificate, Flower node key; they never leave
-ledger.jsonl    every crossing;  journal.jsonl  what was done, so that nothing is done twice
+ledger.jsonl    every crossing;  checkpoint  what it was at least, signed
+journal.jsonl   what was done, so that nothing is done twice
 work/fits/      fine-tunings: checkpoints, vector, model
 work/<run>/     evaluations and per-user results of one run;  outbox/  parcels as they were sent
 models/         installed universal models, `current` and the previous one; `own` and `personal` ones
@@ -19,6 +20,7 @@ import tomli_w
 from pydantic import Field
 
 from clients.egress import EgressGate, EgressPolicy
+from common.checkpoints import check_against, keep_checkpoint
 from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
 from common.files import write_atomic
@@ -94,8 +96,20 @@ class ClientHome:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Every parcel, receipt and control message."""
-        return Ledger(self.path / "ledger.jsonl")
+        """Every parcel, receipt and control message. Raises LedgerError if some of it is gone."""
+        ledger = Ledger(self.path / "ledger.jsonl")
+        if self.checkpoint_path.exists():
+            check_against(ledger, self.checkpoint_path, self.log_signer)
+        return ledger
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The newest checkpoint of the ledger that was kept."""
+        return self.path / "checkpoint"
+
+    def keep_checkpoint(self) -> None:
+        """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""
+        keep_checkpoint(self.ledger, self.log_signer, self.checkpoint_path)
 
     @cached_property
     def journal(self) -> Journal:

@@ -4,7 +4,8 @@ server.toml      name, hosts, ports
 keys/            CA, TLS certificate, identity, log and root key (Ed25519), Flower's shared secret
 root.json        whose keys count, signed by the root key (`common.roots`)
 members.json     who joined;  invites/  digests of one-time tokens
-ledger.jsonl     every crossing;  store/  admitted and published parcels
+ledger.jsonl     every crossing;  checkpoint  what it was at least, signed
+store/           admitted and published parcels
 runs/<id>/       see server.runs
 flower/, logs/, empty/, status
 """
@@ -22,6 +23,7 @@ import tomli_w
 from pydantic import Field
 
 from common import tls
+from common.checkpoints import check_against, keep_checkpoint
 from common.config import Frozen, load_toml
 from common.errors import ConfigError, FederationError
 from common.files import sha256_bytes, write_atomic
@@ -109,8 +111,20 @@ class ServerHome:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Every parcel, receipt and control message."""
-        return Ledger(self.path / "ledger.jsonl")
+        """Every parcel, receipt and control message. Raises LedgerError if some of it is gone."""
+        ledger = Ledger(self.path / "ledger.jsonl")
+        if self.checkpoint_path.exists():
+            check_against(ledger, self.checkpoint_path, self.log_signer)
+        return ledger
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The newest checkpoint of the ledger that was kept."""
+        return self.path / "checkpoint"
+
+    def keep_checkpoint(self) -> None:
+        """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""
+        keep_checkpoint(self.ledger, self.log_signer, self.checkpoint_path)
 
     @cached_property
     def store(self) -> ParcelStore:

@@ -58,11 +58,11 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
         )
     )
 
-    _enter(run, journal, status, "contribute")
+    _enter(home, run, journal, status, "contribute")
     outcome = contribute(control, home, run)
     journal.put("contributed", {"delivered": outcome.delivered, "lost": outcome.lost})
 
-    _enter(run, journal, status, "merge")
+    _enter(home, run, journal, status, "merge")
     inputs = read_inputs(home, run, outcome.delivered)
     merged = [
         run_merge(
@@ -77,18 +77,19 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
         for method in run.spec.config.merge
     ]
 
-    until_s = _enter(run, journal, status, "evaluate")
+    until_s = _enter(home, run, journal, status, "evaluate")
     candidates = [_publish_vector(home, run, journal, result, Kind.CANDIDATE) for result in merged]
     evaluated = ask_for_metrics(control, home, run, EVALUATE, outcome.delivered, candidates, until_s)
 
-    until_s = _enter(run, journal, status, "install")
+    until_s = _enter(home, run, journal, status, "install")
     chosen = next(result for result in merged if result.label == run.spec.config.publish)
     universal = _publish_universal(home, run, journal, chosen, inputs)
     installed = ask_for_metrics(control, home, run, INSTALL, evaluated.delivered, [universal], until_s)
 
-    _enter(run, journal, status, "report")
+    _enter(home, run, journal, status, "report")
     write_results(home, run, merged, _lost(outcome, evaluated, installed))
     home.store.close_run(run.spec.run_id)
+    home.keep_checkpoint()
     run.set_state(DONE, phase="done")
     status(phase="done", step=1, total=1)
 
@@ -188,11 +189,12 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
     )
 
 
-def _enter(run: Run, journal: Journal, status: StatusFile, phase: str) -> float:
+def _enter(home: ServerHome, run: Run, journal: Journal, status: StatusFile, phase: str) -> float:
     """Begin a phase, or go on with it; Unix seconds after which it waits no longer for every domain."""
     log.info("%s: %s", run.spec.run_id, phase)
     fact = journal.get(f"phase/{phase}") or {"time_s": round(time.time(), 2)}
     journal.put(f"phase/{phase}", fact)
+    home.keep_checkpoint()
     run.set_state(RUNNING, phase=phase)
     status(phase=phase)
     return float(fact["time_s"]) + 60.0 * run.spec.config.run.deadline_minutes

@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.checkpoints import sign_checkpoint
 from common.errors import ConfigError
 from common.files import sha256_bytes, storage_errors, write_atomic
 from common.ledger import Ledger
-from common.notes import Checkpoint, Note, Signer
+from common.notes import Note, Signer
 from common.statements import DIGEST_PATTERN, NAME_PATTERN
 
 LEDGER, CHECKPOINT, ROOT = "ledger.jsonl", "checkpoint", "root.json"
@@ -81,10 +82,10 @@ class Bundle:
 
     def put_ledger(self, shore: str, ledger: Ledger, signer: Signer) -> Note:
         """Copy a ledger and sign a checkpoint of it as it is now. Raises StorageError."""
-        head = ledger.tree_head()
-        note = signer.sign(Checkpoint(signer.name, head.size, bytes.fromhex(head.root)).text())
+        with ledger.locked():
+            note, lines = sign_checkpoint(ledger, signer), ledger.snapshot(len(ledger))
         folder = self.path / "shores" / shore
-        write_atomic(folder / LEDGER, ledger.snapshot(head.size))
+        write_atomic(folder / LEDGER, lines)
         write_atomic(folder / CHECKPOINT, str(note).encode())
         return note
 

@@ -1,6 +1,7 @@
 """Joining over a real enrolment service, and what both command lines show of it."""
 
 import json
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,16 @@ from clients.cli import app as client_command
 from clients.egress import EgressPolicy
 from clients.home import ClientConfig, ClientHome
 from clients.join import join, node_key
-from common.errors import ConfigError, DataError, RefusedError, SignatureError, TransportError
+from common.errors import (
+    ConfigError,
+    DataError,
+    LedgerError,
+    RefusedError,
+    SignatureError,
+    TransportError,
+)
 from common.kit import JoinKit, read_kit
+from common.ledger import Crossing
 from common.processes import free_ports
 from server.cli import app as server_command
 from server.cli import create_run, run_app
@@ -117,6 +126,23 @@ def test_the_owners_file(federation: LocalFederation, tmp_path: Path) -> None:
     assert caught.value.next_step == "did you mean 'min_users'?"
     with pytest.raises(ConfigError, match="not an owner's home"):
         ClientHome(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("side", ["owner", "server"])
+def test_a_home_does_not_open_over_a_ledger_that_lost_entries(
+    federation: LocalFederation, tmp_path: Path, side: str
+) -> None:
+    home = federation.owner("toys") if side == "owner" else federation.server()
+    crossing = Crossing("in", "control", "message", "a" * 64, 5, "server", "message", "demo")
+    for _ in range(3):
+        home.ledger.record(crossing)
+    home.keep_checkpoint()
+    copy = tmp_path / "copy"
+    shutil.copytree(home.path, copy)
+    lines = (copy / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (copy / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(LedgerError, match="some are gone"):
+        _ = type(home)(copy).ledger
 
 
 def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data: Path) -> None:

@@ -1,0 +1,47 @@
+"""A signed checkpoint beside a ledger: what the ledger was at least, so that it cannot quietly become less.
+
+A crash may cut the last line of a ledger short; no crash takes away what a checkpoint covers. So a ledger
+that is shorter than its checkpoint, or another one, is not opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.errors import IsthmusError, LedgerError
+from common.files import write_atomic
+from common.ledger import Ledger
+from common.notes import Checkpoint, Note, Signer, Verifier
+
+
+def sign_checkpoint(ledger: Ledger, signer: Signer) -> Note:
+    """A checkpoint of `ledger` as it is now."""
+    with ledger.locked():
+        head = ledger.tree_head()
+    return signer.sign(Checkpoint(signer.name, head.size, bytes.fromhex(head.root)).text())
+
+
+def keep_checkpoint(ledger: Ledger, signer: Signer, path: Path) -> None:
+    """Write a checkpoint of `ledger` as it is now to `path`. Raises StorageError."""
+    write_atomic(path, str(sign_checkpoint(ledger, signer)).encode())
+
+
+def check_against(ledger: Ledger, path: Path, signer: Signer) -> None:
+    """Raises LedgerError unless `ledger` is, or has grown from, the one of the checkpoint at `path`."""
+    try:
+        note = path.read_text(encoding="utf-8")
+        kept = Checkpoint.open(note, Verifier(signer.name, signer.key.public))
+    except (IsthmusError, UnicodeDecodeError) as err:
+        raise LedgerError(
+            f"{path}: not a checkpoint that this home signed ({err})", next_step="restore it from a copy"
+        ) from None
+    if kept.size > len(ledger):
+        what = f"{len(ledger)} entries, and {kept.size} were signed: some are gone"
+    elif ledger.tree_head(kept.size).root != kept.root.hex():
+        what = f"its first {kept.size} entries are not those that were signed"
+    else:
+        return
+    raise LedgerError(
+        f"{ledger.path}: {what}",
+        next_step="restore the file from a copy; a ledger must never shrink or change",
+    )
