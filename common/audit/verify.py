@@ -136,6 +136,7 @@ def verify(bundle: Bundle, root: Root, on_step: Progress = lambda *_: None) -> A
 class _Audit:
     def __init__(self, bundle: Bundle, root: Root, on_step: Progress) -> None:
         self._bundle, self._root, self._on_step = bundle, root, on_step
+        self._parties = root.parties()
         self._findings: list[Finding] = []
         self._headers: dict[str, Header] = {}
         self._receipts: dict[str, Receipt] = {}
@@ -145,11 +146,10 @@ class _Audit:
         self._without_payload: Counter[str] = Counter()
 
     def report(self) -> AuditReport:
-        parties = self._root.parties()
         logs: dict[str, _Log] = {}
         for shore in self._bundle.shores():
-            if shore in parties:
-                logs[shore] = self._read(shore, parties[shore])
+            if shore in self._parties:
+                logs[shore] = self._read(shore, self._parties[shore])
             else:
                 self._find(shore, -1, "unknown-shore", "no such shore in the root file")
         for log in logs.values():
@@ -232,8 +232,15 @@ class _Audit:
     # One entry
 
     def _check_entry(self, log: _Log, index: int, crossing: Crossing) -> None:
-        if crossing.peer not in self._root.parties() and crossing.peer != "unknown":
-            self._find(log.shore, index, "unknown-peer", "the other side is not in the root file")
+        across = (crossing.peer == SERVER) != (log.shore == SERVER)
+        if crossing.peer not in self._parties or not across:
+            if crossing.type != "parcel" or crossing.verdict in ("", "accepted"):
+                self._find(
+                    log.shore,
+                    index,
+                    "unknown-peer",
+                    "the other side is not one that the root file has for it",
+                )
         elif crossing.type == "parcel":
             self._check_parcel(log, index, crossing)
         elif crossing.type == "receipt":
@@ -285,7 +292,7 @@ class _Audit:
         if envelope is None:
             return "its signed header is not in the bundle"
         try:
-            header = Header.open(envelope, self._root.parties()[sender].identity)
+            header = Header.open(envelope, self._parties[sender].identity)
         except IsthmusError as err:
             return err.message
         self._headers[digest] = header
@@ -326,7 +333,7 @@ class _Audit:
             self._find(log.shore, index, "receipt", "it is not in the bundle")
             return
         try:
-            receipt = Receipt.open(envelope, self._root.parties()[giver].identity)
+            receipt = Receipt.open(envelope, self._parties[giver].identity)
             if (receipt.sender, receipt.receiver) != (taker, giver):
                 raise LedgerError(f"the receipt is by {receipt.receiver} for {receipt.sender}")
             if crossing.size_bytes != len(envelope):
@@ -344,7 +351,7 @@ class _Audit:
             if receipt.verdict == "refused":
                 return  # the server keeps no header of what it refused; the domain's outbox has it
             raise LedgerError("the header of what it acknowledges is not in the bundle")
-        header = Header.open(Sealed.parse(envelope), self._root.parties()[receipt.sender].identity)
+        header = Header.open(Sealed.parse(envelope), self._parties[receipt.sender].identity)
         receipt.check_matches(receipt.parcel_digest, header)
         receipt.check_entry(len(envelope), header.payload_bytes)
 

@@ -444,3 +444,14 @@ def test_the_command(world: World, bundle: Bundle, tmp_path: Path) -> None:
     failed = run(app, ["verify", str(bundle.path), "--root", str(root)])
     assert failed.exit_code == 1
     assert "FINDING  toys, entry" in failed.output
+
+
+@pytest.mark.parametrize("peer", ["unknown", "yachts", "", "server"])
+@pytest.mark.parametrize("type_", ["parcel", "receipt", "message"])
+def test_dealings_with_strangers_show(world: World, bundle: Bundle, peer: str, type_: Any) -> None:
+    channel: Any = "control" if type_ == "message" else "data"
+    entry = Crossing("in", channel, type_, "ab" * 32, 5, peer, "task-vector", RUN, "accepted", 1)
+    bodies = _bodies(bundle, SERVER)
+    _write(bundle, SERVER, [*bodies, asdict(entry)], _own_signer(world, SERVER))
+    at = [(found.shore, found.index) for found in verify(bundle, world.root()).all_findings]
+    assert (SERVER, len(bodies)) in at
