@@ -64,7 +64,7 @@ def _compare_fingerprint(of_the_kit: str, told: str) -> None:
     if sys.stdin.isatty():
         typer.confirm("does the operator read out the same one?", abort=True)
     else:
-        typer.echo("nobody compared it here; --fingerprint does", err=True)
+        typer.echo("nobody compared it here; --fingerprint does")
 
 
 @app.command()
