@@ -20,13 +20,11 @@ import tomli_w
 from pydantic import Field
 
 from clients.egress import EgressGate, EgressPolicy
-from common.checkpoints import check_against, keep_checkpoint
+from common.checkpoints import LedgerHome
 from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.ledger import Journal, Ledger
-from common.notes import Signer
-from common.roots import log_origin
+from common.ledger import Journal
 from common.signing import PublicKey, SigningKey
 from common.tls import TlsFiles
 
@@ -55,7 +53,7 @@ class ClientConfig(Frozen):
     policy: EgressPolicy = EgressPolicy()
 
 
-class ClientHome:
+class ClientHome(LedgerHome):
     """Paths and long-lived objects of one owner. Raises ConfigError when `path` is not a home."""
 
     def __init__(self, path: Path) -> None:
@@ -94,22 +92,10 @@ class ClientHome:
         """The merge server's pinned identity."""
         return PublicKey.from_hex(self.config.server.public_key)
 
-    @cached_property
-    def ledger(self) -> Ledger:
-        """Every parcel, receipt and control message. Raises LedgerError if some of it is gone."""
-        ledger = Ledger(self.path / "ledger.jsonl")
-        if self.checkpoint_path.exists():
-            check_against(ledger, self.checkpoint_path, self.log_signer)
-        return ledger
-
     @property
-    def checkpoint_path(self) -> Path:
-        """The newest checkpoint of the ledger that was kept."""
-        return self.path / "checkpoint"
-
-    def keep_checkpoint(self) -> None:
-        """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""
-        keep_checkpoint(self.ledger, self.log_signer, self.checkpoint_path)
+    def shore(self) -> str:
+        """The name of this shore in ledgers and checkpoints."""
+        return self.config.domain
 
     @cached_property
     def journal(self) -> Journal:
@@ -133,12 +119,6 @@ class ClientHome:
             self.path / "outbox",
             sender=self.config.domain,
         )
-
-    @cached_property
-    def log_signer(self) -> Signer:
-        """Signs the checkpoints of this domain's ledger."""
-        key = SigningKey.load(self.keys / "log.key")
-        return Signer(log_origin(self.config.domain, key.public), key)
 
     @property
     def fits(self) -> Path:

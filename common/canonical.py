@@ -12,6 +12,8 @@ the value encoded again must give the very bytes that came in.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from typing import Any
 
@@ -50,6 +52,17 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     if encode(value, max_bytes=max_bytes) != data:
         raise ParcelError("canonical JSON: the bytes are not in canonical form")
     return value
+
+
+def decode_base64(text: Any) -> bytes:
+    """The bytes of standard base64 in its only form. Raises ParcelError."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise ParcelError("not standard base64") from None
+    if base64.b64encode(data).decode() != text:
+        raise ParcelError("base64 is not in canonical form")
+    return data
 
 
 def _check(value: Any, depth: int) -> None:

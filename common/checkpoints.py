@@ -6,12 +6,46 @@ that is shorter than its checkpoint, or another one, is not opened.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from common.errors import IsthmusError, LedgerError
 from common.files import write_atomic
 from common.ledger import Ledger
 from common.notes import Checkpoint, Note, Signer, Verifier
+from common.roots import log_origin
+from common.signing import SigningKey
+
+CHECKPOINT = "checkpoint"
+
+
+class LedgerHome:
+    """What both shores' homes have: `ledger.jsonl`, a checkpoint beside it, and the key that signs it."""
+
+    path: Path
+
+    @property
+    def shore(self) -> str:
+        """Whose ledger it is: "server", or the domain."""
+        raise NotImplementedError
+
+    @cached_property
+    def log_signer(self) -> Signer:
+        """Signs the checkpoints of this shore's ledger."""
+        key = SigningKey.load(self.path / "keys" / "log.key")
+        return Signer(log_origin(self.shore, key.public), key)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Every parcel, receipt and control message. Raises LedgerError if some of it is gone."""
+        ledger = Ledger(self.path / "ledger.jsonl")
+        if (self.path / CHECKPOINT).exists():
+            check_against(ledger, self.path / CHECKPOINT, self.log_signer)
+        return ledger
+
+    def keep_checkpoint(self) -> None:
+        """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""
+        keep_checkpoint(self.ledger, self.log_signer, self.path / CHECKPOINT)
 
 
 def sign_checkpoint(ledger: Ledger, signer: Signer) -> Note:
@@ -35,6 +69,7 @@ def check_against(ledger: Ledger, path: Path, signer: Signer) -> None:
         raise LedgerError(
             f"{path}: not a checkpoint that this home signed ({err})", next_step="restore it from a copy"
         ) from None
+    ledger.refresh()  # the checkpoint may be newer than what was read of the ledger
     if kept.size > len(ledger):
         what = f"{len(ledger)} entries, and {kept.size} were signed: some are gone"
     elif ledger.tree_head(kept.size).root != kept.root.hex():

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -176,22 +175,25 @@ def read_entry(line: bytes, index: int, prev: str) -> Entry:
     return Entry(index, prev, record["body"], sha256_bytes(line))
 
 
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log's file, newlines included; one that is too long to be an entry comes in pieces."""
+    with path.open("rb") as source:
+        while line := source.readline(LINE_BYTES + 1):
+            yield line
+
+
 def walk(path: Path) -> Iterator[tuple[Entry, bytes]]:
     """The entries of a log's file and their lines, without opening it for writing or repairing it.
 
     Raises LedgerError at the first line that is not the next entry, also where it is only cut short.
     """
     prev = NO_ENTRY
-    with path.open("rb") as source:
-        for index in itertools.count():
-            line = source.readline(LINE_BYTES + 1)
-            if not line:
-                return
-            if not line.endswith(b"\n"):
-                raise LedgerError("the line is cut short")
-            entry = read_entry(line[:-1], index, prev)
-            prev = entry.digest
-            yield entry, line[:-1]
+    for index, line in enumerate(lines(path)):
+        if not line.endswith(b"\n"):
+            raise LedgerError("the line is cut short")
+        entry = read_entry(line[:-1], index, prev)
+        prev = entry.digest
+        yield entry, line[:-1]
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,10 @@ class Ledger(AppendOnlyLog):
         with self._guard:
             return self._tree.consistency(old, size)
 
-    def snapshot(self, size: int) -> bytes:
-        """The lines of the first `size` entries, as they stand in the file."""
-        with self._guard:
-            return b"".join(entry_line(e.index, e.prev, e.body) + b"\n" for e in self._entries[:size])
+    def snapshot(self) -> bytes:
+        """The file as it is now."""
+        with self.locked():
+            return self.path.read_bytes()
 
     def place(self, index: int) -> dict[str, Any]:
         """Where entry `index` is, as the fields of a receipt: `index`, `prev`, `checkpoint`, `proof`."""

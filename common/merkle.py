@@ -55,10 +55,6 @@ class Tree:
             if level == len(self._levels):
                 self._levels.append(bytearray())
 
-    def leaf(self, index: int) -> bytes:
-        """The leaf hash of entry `index`."""
-        return self._node(0, index)
-
     def root(self, size: int | None = None) -> bytes:
         """The root of the first `size` entries (None: of all)."""
         size = self._known(size)

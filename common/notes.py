@@ -21,12 +21,12 @@ that nobody asked about are kept and mean nothing. At most 16 signature lines an
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from dataclasses import dataclass
 
-from common.errors import ProofError, SignatureError
+from common import canonical
+from common.errors import ParcelError, ProofError, SignatureError
 from common.merkle import EMPTY_ROOT, HASH_BYTES
 from common.signing import PublicKey, SigningKey
 
@@ -35,8 +35,6 @@ MAX_SIGNATURES = 16
 SIGNATURE, COSIGNATURE = 1, 4
 _DASH = "\N{EM DASH} "
 _SIZE = re.compile(r"0|[1-9][0-9]{0,15}")
-
-__all__ = ["EMPTY_ROOT", "Checkpoint", "Note", "Signer", "Verifier"]
 
 
 def _key_hash(name: str, kind: int, key: PublicKey) -> bytes:
@@ -145,14 +143,6 @@ class Note:
         raw = key_hash + time_s.to_bytes(8, "big") + signer.key.sign(self._cosigned(time_s))
         return self._with((signer.name, raw))
 
-    def with_cosignatures_of(self, other: Note, verifier: Verifier) -> Note:
-        """The note with the cosignature that `verifier`'s key put under the same text in `other`."""
-        other.cosigned_by(verifier)
-        if other.text != self.text:
-            raise SignatureError("the cosignature is under another text")
-        key_hash = _key_hash(verifier.name, COSIGNATURE, verifier.key)
-        return self._with((verifier.name, key_hash + next(iter(other._of(verifier, COSIGNATURE)))))
-
     def _with(self, signature: tuple[str, bytes]) -> Note:
         same = (signature[0], signature[1][:4])
         kept = tuple(old for old in self.signatures if (old[0], old[1][:4]) != same)
@@ -208,9 +198,6 @@ class Checkpoint:
 
 def _base64(text: str) -> bytes:
     try:
-        data = base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
-        raise ProofError("not standard base64") from None
-    if base64.b64encode(data).decode() != text:
-        raise ProofError("base64 is not in canonical form")
-    return data
+        return canonical.decode_base64(text)
+    except ParcelError as err:
+        raise ProofError(err.message) from None

@@ -31,7 +31,6 @@ from common.signing import SigningKey
 from common.statements import Code, Digest, Exact, Name, Run, Statement, TreeHead, Whole
 
 SERVER = "server"
-_TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
 EVERYONE = "*"
 SKEW_S = 300
 LIFETIME_S = 30 * 24 * 3600
@@ -46,6 +45,9 @@ TRAINING_FACTS = frozenset(
         "users_bucket",
     }
 )
+
+
+_TABLE = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)(\.|$)")
 
 
 class Kind(StrEnum):

@@ -13,24 +13,23 @@ A log's origin (`log_origin`) follows from its key, so that no two logs share on
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from common import canonical
 from common.errors import ParcelError, SignatureError
 from common.files import write_atomic
 from common.notes import Verifier
+from common.parcels import SERVER, SKEW_S
 from common.signing import PublicKey, SigningKey, pae
 from common.statements import Digest, Exact, Name, Whole
 
 PAYLOAD_TYPE = "application/vnd.isthmus.root.v1+json"
 LIFETIME_S = 365 * 24 * 3600
-SKEW_S = 300
 
 PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -65,10 +64,6 @@ class Witness(Exact):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9./-]{0,79}$")]
     key: PublicKeyHex
 
-    @property
-    def verifier(self) -> Verifier:
-        return Verifier(self.name, PublicKey.from_hex(self.key))
-
 
 class Root(Exact):
     """The content of `root.json`."""
@@ -101,13 +96,9 @@ class Root(Exact):
             raise ValueError("a key stands for two purposes")
         return self
 
-    def member(self, domain: str) -> RootMember | None:
-        """The member called `domain`, or None."""
-        return next((member for member in self.members if member.domain == domain), None)
-
     def parties(self) -> dict[str, Party]:
         """Every shore by name: "server", and the domains."""
-        return {"server": self.server, **{member.domain: member for member in self.members}}
+        return {SERVER: self.server, **{member.domain: member for member in self.members}}
 
 
 def log_origin(shore: str, key: PublicKey) -> str:
@@ -134,13 +125,7 @@ class SignedRoot:
         outer = canonical.decode(data.removesuffix(b"\n"))
         if not isinstance(outer, dict) or set(outer) != {"root", "signatures"}:
             raise ParcelError("root.json: the fields must be exactly root, signatures")
-        try:
-            root = Root.model_validate_json(canonical.encode(outer["root"]))
-        except ValidationError as err:
-            first = err.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])[:80] or "(top level)"
-            raise ParcelError(f"root.json field {where}: {first['msg']}") from None
-        found = cls(root, _signatures(outer["signatures"]))
+        found = cls(Root.checked(outer["root"]), _signatures(outer["signatures"]))
         if found.encode() != data.removesuffix(b"\n") + b"\n":
             raise ParcelError("root.json: a field is missing, or not in its only form")
         return found
@@ -222,8 +207,5 @@ def _signatures(value: Any) -> dict[str, bytes]:
     for entry in value:
         if not isinstance(entry, dict) or set(entry) != {"keyid", "sig"}:
             raise ParcelError("root.json: a signature has exactly keyid and sig")
-        try:
-            found[str(entry["keyid"])] = base64.b64decode(entry["sig"], validate=True)
-        except (TypeError, ValueError, binascii.Error):
-            raise ParcelError("root.json: a signature is not standard base64") from None
+        found[str(entry["keyid"])] = canonical.decode_base64(entry["sig"])
     return found

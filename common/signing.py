@@ -13,7 +13,6 @@ byte can ride along. The statement inside is read only after its signature has b
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,12 @@ class Sealed:
         key_id, payload_type = signatures[0]["keyid"], outer["payloadType"]
         if not isinstance(key_id, str) or not isinstance(payload_type, str):
             raise ParcelError("envelope: keyid and payloadType must be strings")
-        return cls(_base64(outer["payload"]), payload_type, key_id, _base64(signatures[0]["sig"]))
+        return cls(
+            canonical.decode_base64(outer["payload"]),
+            payload_type,
+            key_id,
+            canonical.decode_base64(signatures[0]["sig"]),
+        )
 
     def open(self, key: PublicKey, *, payload_type: str = STATEMENT_TYPE) -> dict[str, Any]:
         """The statement, after verifying its signature. Raises SignatureError or ParcelError."""
@@ -179,13 +183,3 @@ class Sealed:
 def _fields(value: Any, expected: set[str], where: str) -> None:
     if not isinstance(value, dict) or set(value) != expected:
         raise ParcelError(f"{where}: the fields must be exactly {', '.join(sorted(expected))}")
-
-
-def _base64(text: Any) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        raise ParcelError("envelope: not standard base64") from None
-    if base64.b64encode(data).decode() != text:
-        raise ParcelError("envelope: base64 is not in canonical form")
-    return data

@@ -41,6 +41,16 @@ class Exact(BaseModel):
         validate_by_alias=True,
     )
 
+    @classmethod
+    def checked(cls, values: Any) -> Self:
+        """From plain JSON values. Raises ParcelError naming the field that is wrong."""
+        try:
+            return cls.model_validate_json(canonical.encode(values))
+        except ValidationError as err:
+            first = err.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])[:80] or "(top level)"
+            raise ParcelError(f"{cls.__name__.lower()} field {where}: {first['msg']}") from None
+
 
 class TreeHead(Exact):
     """Size and Merkle root of a ledger (RFC 9162, 2.1.1)."""
@@ -84,16 +94,6 @@ class Statement(Exact):
     def stored(cls, envelope: bytes) -> Self:
         """Read an envelope that was verified when it was stored."""
         return cls._read(Sealed.parse(envelope).unverified())
-
-    @classmethod
-    def checked(cls, predicate: Any) -> Self:
-        """From plain JSON values. Raises ParcelError naming the field that is wrong."""
-        try:
-            return cls.model_validate_json(canonical.encode(predicate))
-        except ValidationError as err:
-            first = err.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])[:80] or "(top level)"
-            raise ParcelError(f"{cls.__name__.lower()} field {where}: {first['msg']}") from None
 
     @classmethod
     def _read(cls, statement: dict[str, Any]) -> Self:

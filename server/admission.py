@@ -67,14 +67,18 @@ class Admission:
             raise RefusedError(err.message, reason="malformed") from None
         if member is None or member.key.key_id != sealed.key_id:
             raise RefusedError("signed by a key that no member has", reason="unknown-sender")
-        if member.is_revoked:
-            raise RefusedError("this member was revoked", reason="revoked")
+        self.check_standing(member)
         try:
             return Header.open(sealed, member.key), member
         except SignatureError as err:
             raise RefusedError(err.message, reason="signature") from None
         except ParcelError as err:
             raise RefusedError(err.message, reason="malformed") from None
+
+    def check_standing(self, member: Member | None) -> None:
+        """Rule 2 by itself, for when time has passed since the header was read. Raises RefusedError."""
+        if member is None or member.is_revoked:
+            raise RefusedError("this member was revoked", reason="revoked")
 
     def check_sender(self, header: Header, member: Member, peer_fingerprint: str) -> None:
         """Rule 4: header, key and TLS certificate (SHA-256 of its DER) are one member's."""

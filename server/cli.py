@@ -112,8 +112,9 @@ def revoke(
 ) -> None:
     """Refuse everything from a member from now on. What was accepted before stays valid."""
     opened = _open(home)
-    size = len(opened.ledger)
-    opened.members.revoke(domain, ledger_size=size)
+    with opened.ledger.locked():  # whatever is accepted comes before it or not at all
+        size = len(opened.ledger)
+        opened.members.revoke(domain, ledger_size=size)
     typer.echo(f"{domain} is revoked from entry {size} of the ledger on")
     typer.echo("next: isthmus server root")
 

@@ -23,14 +23,12 @@ import tomli_w
 from pydantic import Field
 
 from common import tls
-from common.checkpoints import check_against, keep_checkpoint
+from common.checkpoints import LedgerHome
 from common.config import Frozen, load_toml
 from common.errors import ConfigError, FederationError
 from common.files import sha256_bytes, write_atomic
-from common.ledger import Crossing, Ledger
-from common.notes import Signer
+from common.ledger import Crossing
 from common.parcels import SERVER
-from common.roots import log_origin
 from common.signing import SigningKey
 from server.members import Invitations, Member, Members
 from server.runs import Runs
@@ -59,7 +57,7 @@ class ServerConfig(Frozen):
     ports: Ports = Ports()
 
 
-class ServerHome:
+class ServerHome(LedgerHome):
     """Paths and long-lived objects of one merge server. Raises ConfigError when `path` is not a home."""
 
     def __init__(self, path: Path) -> None:
@@ -103,28 +101,10 @@ class ServerHome:
         """Signs orders, receipts and published parcels."""
         return SigningKey.load(self.keys / "identity.key")
 
-    @cached_property
-    def log_signer(self) -> Signer:
-        """Signs the checkpoints of the server's ledger."""
-        key = SigningKey.ensure(self.keys / "log.key")
-        return Signer(log_origin(SERVER, key.public), key)
-
-    @cached_property
-    def ledger(self) -> Ledger:
-        """Every parcel, receipt and control message. Raises LedgerError if some of it is gone."""
-        ledger = Ledger(self.path / "ledger.jsonl")
-        if self.checkpoint_path.exists():
-            check_against(ledger, self.checkpoint_path, self.log_signer)
-        return ledger
-
     @property
-    def checkpoint_path(self) -> Path:
-        """The newest checkpoint of the ledger that was kept."""
-        return self.path / "checkpoint"
-
-    def keep_checkpoint(self) -> None:
-        """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""
-        keep_checkpoint(self.ledger, self.log_signer, self.checkpoint_path)
+    def shore(self) -> str:
+        """The name of this shore in ledgers and checkpoints."""
+        return SERVER
 
     @cached_property
     def store(self) -> ParcelStore:

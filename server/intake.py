@@ -212,8 +212,9 @@ class Intake:
             self.store.forget_spool(digest)
             raise self.refuse(upload.envelope, header, err.reason, err.message, final=True) from None
         self.store.keep_payload(digest, header.payload_digest)
-        with self.store.journal.locked():
+        with self.store.journal.locked(), self.ledger.locked():  # nobody is revoked between check and entry
             try:
+                self._admission.check_standing(self.members.get(header.sender))
                 self._admission.check_header(header, digest, self._known(header, digest))
             except RefusedError as err:
                 self.store.forget_spool(digest)

@@ -13,20 +13,18 @@ bundle. Nothing in a bundle is trusted: `common.audit.verify` derives everything
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.checkpoints import sign_checkpoint
+from common.checkpoints import CHECKPOINT, sign_checkpoint
 from common.errors import ConfigError
-from common.files import sha256_bytes, storage_errors, write_atomic
+from common.files import copy_hashed, sha256_bytes, storage_errors, write_atomic
 from common.ledger import Ledger
-from common.notes import Note, Signer
+from common.notes import Signer
 from common.statements import DIGEST_PATTERN, NAME_PATTERN
 
-LEDGER, CHECKPOINT, ROOT = "ledger.jsonl", "checkpoint", "root.json"
+LEDGER, ROOT = "ledger.jsonl", "root.json"
 
 
 class Bundle:
@@ -80,14 +78,13 @@ class Bundle:
 
     # Putting in
 
-    def put_ledger(self, shore: str, ledger: Ledger, signer: Signer) -> Note:
+    def put_ledger(self, shore: str, ledger: Ledger, signer: Signer) -> None:
         """Copy a ledger and sign a checkpoint of it as it is now. Raises StorageError."""
         with ledger.locked():
-            note, lines = sign_checkpoint(ledger, signer), ledger.snapshot(len(ledger))
+            note, content = sign_checkpoint(ledger, signer), ledger.snapshot()
         folder = self.path / "shores" / shore
-        write_atomic(folder / LEDGER, lines)
+        write_atomic(folder / LEDGER, content)
         write_atomic(folder / CHECKPOINT, str(note).encode())
-        return note
 
     def put_envelopes(self, envelopes: Iterable[bytes]) -> None:
         """Add parcels' envelopes. Raises StorageError."""
@@ -100,16 +97,10 @@ class Bundle:
             write_atomic(self.path / "receipts" / f"{sha256_bytes(receipt)}.dsse", receipt)
 
     def put_payload(self, digest: str, source: Path) -> None:
-        """Add a payload: by a hard link where the disk allows it, else a copy. Raises StorageError."""
+        """Add a copy of a payload. Raises StorageError."""
         target = self.path / "payloads" / digest
-        if target.exists():
-            return
-        with storage_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copyfile(source, target)
+        if not target.exists():
+            copy_hashed(source, target)
 
     def put_root(self, data: bytes) -> None:
         """Add the root file as the exporting shore knows it. Raises StorageError."""

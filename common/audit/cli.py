@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -131,7 +130,7 @@ def _entries(bundle: Bundle, shore: str) -> list[tuple[int, Crossing]]:
 
 
 def as_json(report: AuditReport) -> dict[str, Any]:
-    """The report for machines; its schema is in `docs/audit.md`."""
+    """The report for machines: the fields of `AuditReport` and its parts."""
     return {
         "schema": 1,
         "clean": report.clean,
@@ -172,9 +171,6 @@ def _print_domain(domain: DomainReport) -> None:
 
 
 def _listed(tallies: dict[str, Tally]) -> str:
-    by_size: Callable[[tuple[str, Tally]], int] = lambda item: -item[1].bytes  # noqa: E731
-    parts = [
-        f"{tally.count} {name} ({tally.bytes:,} bytes)"
-        for name, tally in sorted(tallies.items(), key=by_size)
-    ]
+    largest_first = sorted(tallies.items(), key=lambda item: -item[1].bytes)
+    parts = [f"{tally.count} {name} ({tally.bytes:,} bytes)" for name, tally in largest_first]
     return ", ".join(parts) or "nothing"

@@ -23,12 +23,11 @@ from common import canonical, merkle
 from common.audit.bundle import Bundle
 from common.errors import IsthmusError, LedgerError, ParcelError
 from common.files import sha256_bytes
-from common.ledger import LINE_BYTES, Crossing, walk
+from common.ledger import LINE_BYTES, Crossing, lines, walk
 from common.notes import Checkpoint
 from common.parcels import EVERYONE, SERVER, Header, Kind, Privacy, Receipt
 from common.payloads import check_tensors, inspect
 from common.roots import Party, Root, RootMember, log_verifier
-from common.signing import Sealed
 from common.statements import TreeHead
 
 FROM_A_DOMAIN = frozenset({Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS})
@@ -117,10 +116,10 @@ class _Log:
     tree: merkle.Tree
     covered: int = 0
 
-    def at(self, type_: str, direction: str, peer: str | None = None) -> Iterator[tuple[int, Crossing]]:
-        """Entries of this type and direction, with (None: any) `peer`."""
+    def at(self, type_: str, direction: str, peer: str) -> Iterator[tuple[int, Crossing]]:
+        """Entries of this type and direction, with `peer`."""
         for index, crossing in enumerate(self.crossings):
-            if (crossing.type, crossing.direction) == (type_, direction) and peer in (None, crossing.peer):
+            if (crossing.type, crossing.direction, crossing.peer) == (type_, direction, peer):
                 yield index, crossing
 
     def agrees(self, head: TreeHead) -> bool:
@@ -138,7 +137,7 @@ class _Audit:
         self._bundle, self._root, self._on_step = bundle, root, on_step
         self._parties = root.parties()
         self._findings: list[Finding] = []
-        self._headers: dict[str, Header] = {}
+        self._parcels: dict[str, tuple[Header, int]] = {}  # verified, and the size of the envelope
         self._receipts: dict[str, Receipt] = {}
         self._heads: dict[str, list[TreeHead]] = defaultdict(list)  # signed by each shore about itself
         self._payloads: dict[str, str] = {}
@@ -251,11 +250,13 @@ class _Audit:
         if not outgoing and crossing.verdict != "accepted":
             return  # refused: nothing of it was taken, and what was offered need not be a parcel at all
         sender, receiver = (log.shore, crossing.peer) if outgoing else (crossing.peer, log.shore)
-        header = self._header(crossing.digest, sender)
-        if isinstance(header, str):
-            self._find(log.shore, index, "header", header)
+        try:
+            header, envelope_bytes = self._parcel(crossing.digest, sender)
+        except IsthmusError as err:
+            self._find(log.shore, index, "header", err.message)
             return
-        envelope = self._bundle.envelope(crossing.digest) or b""
+        total_bytes = envelope_bytes + header.payload_bytes
+        nonce_of = self._nonces.setdefault((header.sender, header.nonce), crossing.digest)
         allowed = FROM_THE_SERVER if sender == SERVER else FROM_A_DOMAIN
         for fine, code, reason in (
             (header.sender == sender, "sender", f"the header is by {header.sender}"),
@@ -264,11 +265,11 @@ class _Audit:
             (header.kind == crossing.kind, "kind", f"the header is of a {header.kind}"),
             (header.run == crossing.run, "run", f"the header is of run {header.run}"),
             (
-                crossing.size_bytes == len(envelope) + header.payload_bytes,
+                crossing.size_bytes == total_bytes,
                 "size",
-                f"{crossing.size_bytes} bytes recorded, header and payload have "
-                f"{len(envelope) + header.payload_bytes}",
+                f"{crossing.size_bytes} bytes recorded, header and payload have {total_bytes}",
             ),
+            (nonce_of == crossing.digest, "nonce", "its nonce was used for another parcel"),
             (
                 not any(fact.is_table for fact in header.tensors),
                 "embedding-table",
@@ -279,30 +280,26 @@ class _Audit:
                 self._find(log.shore, index, code, reason)
         if outgoing and header.checkpoint.size > index:
             self._find(log.shore, index, "order", "the header speaks of entries that come after it")
-        member = self._root.member(sender)
-        if not outgoing and member is not None and member.revoked_s and index >= member.revoked_size:
+        party = self._parties[sender]
+        if not outgoing and isinstance(party, RootMember) and party.revoked_s and index >= party.revoked_size:
             self._find(log.shore, index, "revoked", f"accepted from {sender} after it was revoked")
-        self._check_payload(log.shore, index, crossing.digest, header)
+        self._check_payload(log.shore, index, header)
 
-    def _header(self, digest: str, sender: str) -> Header | str:
-        """The verified header, or what is wrong with it. Its tree head and nonce are taken note of once."""
-        if digest in self._headers:
-            return self._headers[digest]
-        envelope = self._bundle.envelope(digest)
-        if envelope is None:
-            return "its signed header is not in the bundle"
-        try:
+    def _parcel(self, digest: str, sender: str) -> tuple[Header, int]:
+        """The verified header and its envelope's size; its tree head is taken note of, once.
+
+        Raises LedgerError (it is not in the bundle), SignatureError or ParcelError.
+        """
+        if digest not in self._parcels:
+            envelope = self._bundle.envelope(digest)
+            if envelope is None:
+                raise LedgerError("its signed header is not in the bundle")
             header = Header.open(envelope, self._parties[sender].identity)
-        except IsthmusError as err:
-            return err.message
-        self._headers[digest] = header
-        self._heads[sender].append(header.checkpoint)
-        return header
+            self._parcels[digest] = (header, len(envelope))
+            self._heads[sender].append(header.checkpoint)
+        return self._parcels[digest]
 
-    def _check_payload(self, shore: str, index: int, digest: str, header: Header) -> None:
-        earlier = self._nonces.setdefault((header.sender, header.nonce), digest)
-        if earlier != digest:
-            self._find(shore, index, "nonce", "its nonce was used for another parcel")
+    def _check_payload(self, shore: str, index: int, header: Header) -> None:
         if header.payload_digest not in self._payloads:
             self._payloads[header.payload_digest] = self._payload_problem(header)
         problem = self._payloads[header.payload_digest]
@@ -346,14 +343,11 @@ class _Audit:
         self._heads[giver].append(receipt.checkpoint)
 
     def _check_receipt_against_parcel(self, receipt: Receipt) -> None:
-        envelope = self._bundle.envelope(receipt.parcel_digest)
-        if envelope is None:
-            if receipt.verdict == "refused":
-                return  # the server keeps no header of what it refused; the domain's outbox has it
-            raise LedgerError("the header of what it acknowledges is not in the bundle")
-        header = Header.open(Sealed.parse(envelope), self._parties[receipt.sender].identity)
+        if receipt.verdict == "refused" and self._bundle.envelope(receipt.parcel_digest) is None:
+            return  # the server keeps no header of what it refused; the domain's outbox has it
+        header, envelope_bytes = self._parcel(receipt.parcel_digest, receipt.sender)
         receipt.check_matches(receipt.parcel_digest, header)
-        receipt.check_entry(len(envelope), header.payload_bytes)
+        receipt.check_entry(envelope_bytes, header.payload_bytes)
 
     # Both ledgers of one domain
 
@@ -395,7 +389,7 @@ class _Audit:
             tally = tallies.setdefault(name, Tally())
             tally.count += 1
             tally.bytes += crossing.size_bytes
-            header = self._headers.get(crossing.digest)
+            header, _ = self._parcels.get(crossing.digest, (None, 0))
             if sent and header is not None and header.privacy != Privacy():
                 report.privacy.append(
                     {"run": header.run, "kind": header.kind.value, **header.privacy.model_dump()}
@@ -448,8 +442,7 @@ def _first_changed(path: Path, broken: int) -> int:
     If only its `prev` is wrong and the line after repeats its digest, it is as it was written: the one
     before it was changed.
     """
-    with path.open("rb") as source:
-        line, after = [*islice(source, broken, broken + 2), b"", b""][:2]
+    line, after = [*islice(lines(path), broken, broken + 2), b"", b""][:2]
     entry, following = _entry(line), _entry(after)
     intact = entry.get("index") == broken and following.get("prev") == sha256_bytes(line[:-1])
     return broken - 1 if intact and broken else broken

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from common.audit.bundle import Bundle
 from common.audit.cli import app
-from common.audit.verify import AuditReport, Finding, verify
+from common.audit.verify import AuditReport, verify
 from common.errors import RefusedError
 from common.files import sha256_bytes
 from common.ledger import Crossing, Ledger
@@ -151,10 +151,6 @@ def _codes(report: AuditReport, shore: str) -> set[str]:
     return {finding.code for finding in report.all_findings if finding.shore == shore}
 
 
-def _first(report: AuditReport, shore: str) -> Finding:
-    return next(finding for finding in report.all_findings if finding.shore == shore)
-
-
 def test_an_honest_bundle_is_clean(world: World, bundle: Bundle) -> None:
     report = verify(bundle, world.root())
     assert report.all_findings == []
@@ -285,7 +281,6 @@ def test_a_swapped_payload_shows(world: World, bundle: Bundle) -> None:
         if p.stat().st_size < 400 and b"layer" in p.read_bytes()
     )
     content = vector.read_bytes()
-    vector.unlink()
     vector.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "payload" in {found.code for found in verify(bundle, world.root()).all_findings}
 

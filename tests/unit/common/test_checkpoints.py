@@ -74,3 +74,9 @@ def test_another_key_did_not_sign_it(kept: Path) -> None:
     stranger = Signer(SIGNER.name, SigningKey(b"x" * 32))
     with pytest.raises(LedgerError, match="not a checkpoint"):
         check_against(Ledger(kept / "ledger.jsonl"), kept / "checkpoint", stranger)
+
+
+def test_a_checkpoint_may_be_newer_than_what_was_read(kept: Path) -> None:
+    read_before = Ledger(kept / "ledger.jsonl")
+    keep_checkpoint(_ledger(kept / "ledger.jsonl", 9), SIGNER, kept / "checkpoint")  # another process
+    check_against(read_before, kept / "checkpoint", SIGNER)

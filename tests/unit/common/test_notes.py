@@ -98,8 +98,6 @@ def test_cosigning() -> None:
     again = note.with_cosignature(WITNESS, time_s=200)
     assert again.cosigned_by(WITNESS_KEY) == 200
     assert len(again.signatures) == 2
-    merged = _note().with_cosignatures_of(note, WITNESS_KEY)
-    assert str(merged) == str(note)
 
 
 def test_signatures_and_cosignatures_are_not_each_other() -> None:
@@ -115,10 +113,6 @@ def test_a_cosignature_is_for_one_text_and_one_time() -> None:
     moved = Note(_note(6).text, note.signatures)
     with pytest.raises(SignatureError):
         moved.cosigned_by(WITNESS_KEY)
-    with pytest.raises(SignatureError):
-        _note(6).with_cosignatures_of(moved, WITNESS_KEY)
-    with pytest.raises(SignatureError, match="another text"):
-        _note(6).with_cosignatures_of(note, WITNESS_KEY)
     name, raw = note.signatures[1]
     later = Note(note.text, (note.signatures[0], (name, raw[:4] + (101).to_bytes(8, "big") + raw[12:])))
     with pytest.raises(SignatureError):
