@@ -17,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
+from clients.cosigning import exchange_checkpoints
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
@@ -24,7 +25,7 @@ from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
-from common.errors import BaseMismatchError
+from common.errors import BaseMismatchError, RefusedError, TransportError
 from common.files import sha256_bytes, write_atomic
 from common.models.base import model_digest, resolve_base, trainable_tensors
 from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
@@ -62,9 +63,17 @@ class Actions:
         self._home.journal.put(key, fact)
         step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
         step(order, base)
+        self._watch()
         self._home.journal.put(key, {**fact, "done": True})
         self._home.keep_checkpoint()
         self._status(phase=f"{order.action}: done")
+
+    def _watch(self) -> None:
+        """Look at the other ledgers. Raises ProofError when the server shows another history."""
+        try:
+            exchange_checkpoints(self._home)
+        except (TransportError, RefusedError) as err:
+            log.warning("checkpoints were not exchanged: %s", err.message)
 
     def unfinished(self) -> list[bytes]:
         """Orders that were accepted and not finished."""

@@ -18,6 +18,7 @@ from common.console import progress_bars
 from common.errors import ConfigError, SignatureError
 from common.kit import read_kit
 from common.progress import read_status
+from common.signing import PublicKey
 
 DEFAULT_HOME = Path("~/.isthmus/client")
 Which = Literal["universal", "own", "personal"]
@@ -102,6 +103,19 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
     typer.echo(f"model: {record['model'] or 'none installed'}")
     if compared is not None:
         typer.echo(_compared(compared))
+
+
+@app.command()
+def witness(
+    card: Annotated[Path, typer.Argument(help="the witness's card (isthmus witness card)")],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Have this owner's ledger cosigned by an independent witness, too."""
+    from common.witness.card import read_card
+
+    read = read_card(card)
+    read.add_to(_open(home).path)
+    typer.echo(f"{read.name}: key {PublicKey.from_hex(read.key).fingerprint}")
 
 
 @app.command()

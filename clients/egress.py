@@ -10,7 +10,7 @@ It fails closed: what the policy does not name does not pass, and what cannot be
   numbers only; metrics need enough users behind them.
 - Replies on the control channel (`release_reply`): allowed fields; codes, digests and numbers. Whatever
   is not a code where a code belongs becomes the code `error`, so no exception text leaves.
-- Receipts (`release_receipt`).
+- Receipts (`release_receipt`), and checkpoints of the own ledger (`release_checkpoint`).
 
 All of it is in the ledger before it is returned. What passes still says something about the data: a
 vector is not anonymous, and low mantissa bits of a trained tensor are not inspected.
@@ -33,6 +33,7 @@ from common.config import Frozen
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, StorageError
 from common.files import copy_hashed, sha256_bytes, sha256_file, write_atomic
 from common.ledger import Crossing, Journal, Ledger
+from common.notes import Checkpoint, Note
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
 from common.signing import PublicKey, SigningKey
@@ -149,6 +150,14 @@ class EgressGate:
         """Keep a receipt, ours or the server's, for whoever audits. Raises StorageError."""
         write_atomic(self._outbox / f"{sha256_bytes(envelope)}.receipt", envelope)
 
+    def release_checkpoint(self, note: str, peer: str, size: int) -> None:
+        """Let a checkpoint of the own ledger go to the server or a witness; `size` bytes with its proof.
+
+        Raises GateError when it is anything else, StorageError.
+        """
+        self._checked(lambda: self._check_checkpoint(note))
+        self.ledger.record(Crossing.of_checkpoint("out", peer, note, size))
+
     def release_reply(self, fields: Mapping[str, ReplyValue]) -> dict[str, ReplyValue]:
         """What of `fields` may go into a control record. Raises GateError for a field off the list."""
         reply: dict[str, ReplyValue] = {}
@@ -246,6 +255,15 @@ class EgressGate:
             raise GateError(
                 f"run {header.run}: {sum(spent)} bytes have left, too little is left of the budget"
             )
+
+    def _check_checkpoint(self, note: str) -> None:
+        parsed = Note.parse(note)
+        checkpoint = Checkpoint.read(parsed.text)
+        head = self.ledger.tree_head(checkpoint.size)
+        if (head.root, len(parsed.signatures)) != (checkpoint.root.hex(), 1):
+            raise GateError("this is not a checkpoint of the own ledger with one signature")
+        if not checkpoint.origin.startswith(f"isthmus/{self.sender}/"):
+            raise GateError("the checkpoint is of another log")
 
     def _agreement(self, header: Header) -> Agreement:
         agreement = self._agreements.get(header.run)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import grpc
 
 from clients.egress import EgressGate
-from clients.link import CALL_S, connect, raise_refused, retried, translated
 from common.errors import GateError, ParcelError, SignatureError, TransportError
 from common.files import CHUNK_BYTES, fsync_folder, sha256_bytes, sha256_file, storage_errors, write_atomic
 from common.ledger import Crossing
@@ -32,6 +31,7 @@ from common.tls import TlsFiles
 from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.enrolment import EnrolmentFacts
+from common.wire.link import CALL_S, connect, raise_refused, retried, translated
 
 OnBytes = Callable[[int], None]
 """Called with how many payload bytes of this parcel are across so far."""

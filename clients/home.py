@@ -25,18 +25,22 @@ from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.ledger import Journal
+from common.notes import Verifier
+from common.parcels import SERVER
+from common.roots import log_origin
 from common.signing import PublicKey, SigningKey
 from common.tls import TlsFiles
 
 
 class ServerAddress(Frozen):
-    """The merge server as this owner knows it: addresses (host:port) and the pinned identity key."""
+    """The merge server as this owner knows it: addresses (host:port) and the pinned keys, hex."""
 
     name: str
     fleet: str
     exchange: str
     enrol: str
     public_key: str
+    log_key: str
 
 
 class ClientConfig(Frozen):
@@ -91,6 +95,12 @@ class ClientHome(LedgerHome):
     def server_key(self) -> PublicKey:
         """The merge server's pinned identity."""
         return PublicKey.from_hex(self.config.server.public_key)
+
+    @cached_property
+    def server_log(self) -> Verifier:
+        """Verifies the checkpoints of the merge server's ledger."""
+        key = PublicKey.from_hex(self.config.server.log_key)
+        return Verifier(log_origin(SERVER, key), key)
 
     @property
     def shore(self) -> str:

@@ -16,6 +16,7 @@ from common.errors import ConfigError, SignatureError
 from common.files import write_atomic
 from common.kit import JoinKit
 from common.models.base import resolve_base
+from common.roots import ShoreKeys
 from common.signing import PublicKey, SigningKey
 from common.tls import make_csr
 
@@ -41,6 +42,7 @@ def join(
         raise SignatureError(
             "the kit's key and fingerprint disagree", next_step="ask the operator for a new kit"
         )
+    server_keys = ShoreKeys.open(kit.keys.encode("ascii"), server_key)
     Domain.load(data)
     resolve_base(base)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -70,6 +72,7 @@ def join(
             exchange=kit.exchange,
             enrol=kit.enrol,
             public_key=kit.public_key,
+            log_key=server_keys.log_key,
         ),
         data=str(data.resolve()),
         base=base if base == "embedded" else str(Path(base).resolve()),
@@ -77,6 +80,8 @@ def join(
         supernode_port=supernode_port,
         policy=policy or EgressPolicy(),
     )
+    for card in kit.witnesses:
+        card.add_to(path)
     ClientHome.write_config(path, config)
     return ClientHome(path)
 

@@ -1,7 +1,12 @@
-"""A signed checkpoint beside a ledger: what the ledger was at least, so that it cannot quietly become less.
+"""Signed checkpoints beside a ledger: what the ledger was at least, so that it cannot quietly become less.
 
 A crash may cut the last line of a ledger short; no crash takes away what a checkpoint covers. So a ledger
 that is shorter than its checkpoint, or another one, is not opened.
+
+    checkpoint           the newest, signed by this home's log key
+    checkpoints/NAME     the newest that NAME cosigned: the other shore, or a witness
+    cosigned/SHORE       the newest of another shore's ledger that this home cosigned (`common.cosigning`)
+    witnesses/NAME.json  the witnesses that are asked (`common.witness.card`)
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from common.cosigning import Cosigner
 from common.errors import IsthmusError, LedgerError
 from common.files import write_atomic
 from common.ledger import Ledger
@@ -42,6 +48,22 @@ class LedgerHome:
         if (self.path / CHECKPOINT).exists():
             check_against(ledger, self.path / CHECKPOINT, self.log_signer)
         return ledger
+
+    @cached_property
+    def cosigner(self) -> Cosigner:
+        """Cosigns the other shore's checkpoints."""
+        return Cosigner(self.path / "cosigned", self.log_signer)
+
+    def cosigned_path(self, by: str) -> Path:
+        """Where the newest checkpoint of this ledger that `by` cosigned is kept."""
+        return self.path / "checkpoints" / by.replace("/", ".")  # no shore has a dot in its name
+
+    def notes(self) -> list[str]:
+        """Every checkpoint that is kept here, of this ledger and of others."""
+        folders = (self.path / "checkpoints", self.path / "cosigned")
+        return [
+            path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("[!.]*"))
+        ]
 
     def keep_checkpoint(self) -> None:
         """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""

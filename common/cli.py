@@ -31,6 +31,7 @@ HELP = {
     "server": "the merge server: init, invite, up, status",
     "simulate": "a whole federation on this machine, from a configuration",
     "study": "tables of merge methods over domains and seeds, with their uncertainty",
+    "witness": "an independent witness that cosigns ledgers: init, card, up, status",
 }
 OURS = {
     "audit": "common.audit.cli:app",
@@ -42,6 +43,7 @@ OURS = {
     "server": "server.cli:app",
     "simulate": "simulations.cli:simulate",
     "study": "simulations.cli:study",
+    "witness": "common.witness.cli:app",
 }
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from common.config import Frozen, validate
 from common.errors import ConfigError
+from common.witness.card import WitnessCard
 
 SCHEMA_VERSION = 1
 RUN_POLICY = (
@@ -30,6 +31,8 @@ class JoinKit(Frozen):
     public_key: str = Field(description="the server's Ed25519 identity, hex")
     fingerprint: str = Field(description="of that key, to be compared out of band")
     ca_certificate: str = Field(description="PEM")
+    keys: str = Field(description="the server's own word on its keys: a signed envelope")
+    witnesses: tuple[WitnessCard, ...] = Field((), description="who cosigns ledgers")
     fab_sha256: str = Field(description="the app bundle that the owner's runner will answer to")
     token: str = Field(description="one-time; worthless after the first join")
     run_policy: str = RUN_POLICY

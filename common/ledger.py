@@ -202,14 +202,29 @@ class Crossing:
 
     direction: Literal["in", "out"]
     channel: Literal["control", "data"]
-    type: Literal["parcel", "receipt", "message"]
-    digest: str  # SHA-256 of the bytes that crossed; a parcel's is its envelope's
+    type: Literal["parcel", "receipt", "message", "checkpoint"]
+    digest: str  # SHA-256 of the bytes that crossed; a parcel's is its envelope's, a checkpoint's its note's
     size_bytes: int  # payload included
     peer: str
     kind: str
     run: str
     verdict: str = ""  # "accepted", or the reason code of a refusal; empty while it is not known
     time_s: int = 0
+
+    @classmethod
+    def of_checkpoint(cls, direction: Literal["in", "out"], peer: str, note: str, size: int) -> Crossing:
+        """A checkpoint that came in or is about to leave; `size` bytes with its proof."""
+        return cls(
+            direction=direction,
+            channel="data",
+            type="checkpoint",
+            digest=sha256_bytes(note.encode()),
+            size_bytes=size,
+            peer=peer,
+            kind="checkpoint",
+            run="",
+            verdict="accepted" if direction == "in" else "",
+        )
 
     @classmethod
     def read(cls, body: Any) -> Crossing:
@@ -223,7 +238,7 @@ class Crossing:
         known = (
             found.direction in ("in", "out"),
             found.channel == ("control" if found.type == "message" else "data"),
-            found.type in ("parcel", "receipt", "message"),
+            found.type in ("parcel", "receipt", "message", "checkpoint"),
             re.fullmatch(DIGEST_PATTERN, found.digest),
             found.size_bytes >= 0,
             found.time_s >= 0,

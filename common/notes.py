@@ -128,6 +128,13 @@ class Note:
             return
         raise SignatureError(f"the note is not signed by {verifier.name}")
 
+    def only(self, verifier: Verifier) -> Note:
+        """The note with this key's signature alone. Raises SignatureError when it is not there."""
+        self.verify(verifier)
+        key_hash = _key_hash(verifier.name, SIGNATURE, verifier.key)
+        kept = [one for one in self.signatures if one[0] == verifier.name and one[1][:4] == key_hash]
+        return Note(self.text, tuple(kept[:1]))
+
     def cosigned_by(self, verifier: Verifier) -> int:
         """When this key cosigned the note (Unix seconds). Raises SignatureError when it did not."""
         for raw in self._of(verifier, COSIGNATURE):

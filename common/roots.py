@@ -22,11 +22,11 @@ from pydantic import Field, model_validator
 
 from common import canonical
 from common.errors import ParcelError, SignatureError
-from common.files import write_atomic
+from common.files import sha256_bytes, write_atomic
 from common.notes import Verifier
 from common.parcels import SERVER, SKEW_S
 from common.signing import PublicKey, SigningKey, pae
-from common.statements import Digest, Exact, Name, Whole
+from common.statements import WITNESS_PATTERN, Digest, Exact, Name, Statement, Whole
 
 PAYLOAD_TYPE = "application/vnd.isthmus.root.v1+json"
 LIFETIME_S = 365 * 24 * 3600
@@ -61,8 +61,18 @@ class RootMember(Party):
 class Witness(Exact):
     """An independent cosigner of checkpoints."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9./-]{0,79}$")]
+    name: Annotated[str, Field(pattern=WITNESS_PATTERN)]
     key: PublicKeyHex
+
+    @property
+    def verifier(self) -> Verifier:
+        """Verifies its cosignatures."""
+        return Verifier(self.name, PublicKey.from_hex(self.key))
+
+    @property
+    def peer(self) -> str:
+        """How it is called in ledgers."""
+        return f"witness/{self.name}"
 
 
 class Root(Exact):
@@ -99,6 +109,22 @@ class Root(Exact):
     def parties(self) -> dict[str, Party]:
         """Every shore by name: "server", and the domains."""
         return {SERVER: self.server, **{member.domain: member for member in self.members}}
+
+
+class ShoreKeys(Statement):
+    """A shore's own word on its two keys, signed with its identity key."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    shore: Name
+    identity_key: PublicKeyHex
+    log_key: PublicKeyHex
+
+    @classmethod
+    def predicate_type(cls) -> str:
+        return "urn:isthmus:keys:v1"
+
+    def subject(self) -> tuple[str, str]:
+        return self.shore, sha256_bytes(bytes.fromhex(self.identity_key + self.log_key))
 
 
 def log_origin(shore: str, key: PublicKey) -> str:

@@ -19,6 +19,7 @@ from common.signing import PublicKey, Sealed, SigningKey, seal
 NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,39}$"
 RUN_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 CODE_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
+WITNESS_PATTERN = r"^[a-z0-9][a-z0-9.-]{0,79}$"
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]

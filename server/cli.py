@@ -107,6 +107,20 @@ def root_command(
 
 
 @app.command()
+def witness(
+    card: Annotated[Path, typer.Argument(help="the witness's card (isthmus witness card)")],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Have the ledger cosigned by an independent witness; new join kits name it, too."""
+    from common.witness.card import read_card
+
+    opened, read = _open(home), read_card(card)
+    read.add_to(opened.path)
+    typer.echo(f"{read.name}: key {PublicKey.from_hex(read.key).fingerprint}")
+    typer.echo("next: isthmus server root; owners who joined before: isthmus client witness CARD")
+
+
+@app.command()
 def revoke(
     domain: Annotated[str, typer.Argument(help="the member to shut out")], home: HomeOption = DEFAULT_HOME
 ) -> None:

@@ -8,40 +8,31 @@ foreseen ends the call with no text.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
+from common.checkpoints import LedgerHome, sign_checkpoint
 from common.errors import FederationError, ParcelError, ProofError, RefusedError, StorageError
 from common.errors import TransportError as LinkError
-from common.files import CHUNK_BYTES, sha256_bytes
-from common.ledger import Crossing
+from common.files import CHUNK_BYTES, sha256_bytes, write_atomic
+from common.ledger import Crossing, Ledger
+from common.merkle import HASH_BYTES
+from common.notes import Checkpoint, Note, Verifier
 from common.parcels import EVERYONE, Parcel, Receipt, code_version
 from common.signing import PublicKey
 from common.tls import TlsFiles, certificate_fingerprint
 from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.enrolment import EnrolmentFacts
+from common.wire.serving import Adder, Serving, no_text, start
+from common.witness.service import add_checkpoint
 from server.enrolment import Enroller
 from server.intake import Intake, SignedRefusalError
 from server.members import Member
-
-log = logging.getLogger(__name__)
-WORKERS = 32
-OPTIONS = [
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-]
 
 
 class ExchangeService:
@@ -55,7 +46,7 @@ class ExchangeService:
 
     def Upload(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         """Envelope, verdict or offset, chunks, verdict. See `proto/README.md`."""
-        with _no_text(context):
+        with no_text(context):
             try:
                 yield from self._upload(requests, _fingerprint(context))
             except RefusedError as err:
@@ -87,9 +78,9 @@ class ExchangeService:
 
     def Download(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         """A published parcel, from `offset` on."""
-        with _no_text(context):
+        with no_text(context):
             try:
-                parcel = self._published(request.digest, self._member(context))
+                parcel = self._published(request.digest, _member(self._intake, context))
             except RefusedError as err:
                 yield pb.DownloadReply(refused=_refused(err))
                 return
@@ -126,9 +117,9 @@ class ExchangeService:
 
     def Acknowledge(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Keep a client's receipt for what it downloaded."""
-        with _no_text(context):
+        with no_text(context):
             try:
-                self._acknowledge(request.receipt, self._member(context))
+                self._acknowledge(request.receipt, _member(self._intake, context))
             except (ParcelError, ProofError) as err:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, err.message)
             return pb.AcknowledgeReply()
@@ -157,8 +148,8 @@ class ExchangeService:
 
     def Status(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Version, key, ledger head and clock."""
-        with _no_text(context):
-            self._member(context)
+        with no_text(context):
+            _member(self._intake, context)
             self._intake.ledger.refresh()
             head = self._intake.ledger.tree_head()
             return pb.StatusReply(
@@ -169,14 +160,68 @@ class ExchangeService:
                 time_s=int(time.time()),
             )
 
-    def _member(self, context: Any) -> Member:
-        """Who calls. Ends the call unless the certificate is that of a member in good standing."""
-        name = context.auth_context().get("x509_common_name", [b""])[0].decode("utf-8", "replace")
-        member = self._intake.members.get(name)
-        if member is None or member.is_revoked or member.certificate_fingerprint != _fingerprint(context):
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a member, or revoked")
-            raise FederationError("not reached: abort raises")
-        return member
+
+class LogService:
+    """`Log`, and of `Witness` the call that members may make: the two shores watch each other's ledgers."""
+
+    def __init__(self, intake: Intake, home: LedgerHome) -> None:
+        self._intake, self._home = intake, home
+
+    def GetCheckpoint(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The ledger as it is now, and that it has grown from `since`."""
+        with no_text(context):
+            member = _member(self._intake, context)
+            ledger = self._home.ledger
+            with ledger.locked():
+                note = str(sign_checkpoint(ledger, self._home.log_signer))
+                size = len(ledger)
+                proof = ledger.consistency(request.since, size) if request.since <= size else []
+                sent = len(note) + HASH_BYTES * len(proof)
+                ledger.record(Crossing.of_checkpoint("out", member.domain, note, sent))
+            return pb.GetCheckpointReply(note=note, proof=proof)
+
+    def Inclusion(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """That an entry is among the first `size`."""
+        return self._proof(context, lambda ledger: ledger.inclusion(request.index, request.size))
+
+    def Consistency(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """That the ledger of `size` began as the one of `old_size`."""
+        return self._proof(context, lambda ledger: ledger.consistency(request.old_size, request.size))
+
+    def _proof(self, context: Any, prove: Callable[[Ledger], list[bytes]]) -> Any:
+        with no_text(context):
+            _member(self._intake, context)
+            self._home.ledger.refresh()
+            try:
+                return pb.ProofReply(proof=prove(self._home.ledger))
+            except ProofError as err:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, err.message)
+
+    def AddCheckpoint(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Cosign a member's ledger; keep its cosignature of ours, if it brings one."""
+        with no_text(context):
+            member = _member(self._intake, context)
+            size = len(request.note) + len(request.cosigned) + HASH_BYTES * len(request.proof)
+            self._home.ledger.record(Crossing.of_checkpoint("in", member.domain, request.note, size))
+            try:
+                self._keep_cosigned(member, request.cosigned)
+            except (ParcelError, ProofError) as err:
+                return pb.AddCheckpointReply(refused=pb.Refused(reason=err.code, text=err.message))
+            return add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.log), request)
+
+    def _keep_cosigned(self, member: Member, cosigned: str) -> None:
+        if not cosigned:
+            return
+        signer = self._home.log_signer
+        own = Verifier(signer.name, signer.key.public)
+        note = Note.parse(cosigned)
+        Checkpoint.open(cosigned, own)
+        note.cosigned_by(member.log)
+        write_atomic(self._home.cosigned_path(member.domain), cosigned.encode())
+
+    def UpdateRoot(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Not here: the server makes the root file, it does not follow one."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
 
 
 class EnrolmentService:
@@ -196,7 +241,7 @@ class EnrolmentService:
             tls_csr=request.tls_csr,
             node_key=request.node_key,
         )
-        with _no_text(context):
+        with no_text(context):
             try:
                 with self._one_at_a_time:
                     member = self._enroller.enrol(facts, request.proof)
@@ -213,73 +258,41 @@ class EnrolmentService:
         )
 
 
-class Serving:
-    """A running service; use as a context manager, or `stop` it."""
+def serve(intake: Intake, home: LedgerHome, server_key: PublicKey, address: str, tls: TlsFiles) -> Serving:
+    """Start Exchange, Log and Witness on `address` ("127.0.0.1:0" picks a port).
 
-    def __init__(self, server: Any, port: int, service: Any) -> None:
-        self._server = server
-        self.port = port
-        self.service = service
-
-    def stop(self, grace_s: float = 2.0) -> None:
-        """Refuse new calls, give running ones `grace_s`, and return when all threads are done."""
-        self._server.stop(grace_s).wait()
-
-    def wait(self) -> None:
-        """Block until stopped."""
-        self._server.wait_for_termination()
-
-    def __enter__(self) -> Serving:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop(0)
-
-
-def serve(intake: Intake, server_key: PublicKey, address: str, tls: TlsFiles) -> Serving:
-    """Start Exchange on `address` ("127.0.0.1:0" picks a port). Raises FederationError if it is in use."""
+    Raises FederationError if it is in use.
+    """
     service = ExchangeService(intake, server_key)
     credentials = grpc.ssl_server_credentials(
         [(tls.key.read_bytes(), tls.certificate.read_bytes())],
         root_certificates=tls.ca.read_bytes(),
         require_client_auth=True,
     )
-    return _start(service, rpc.add_ExchangeServicer_to_server, address, credentials)
+    log_service = LogService(intake, home)
+    services: list[tuple[Any, Adder]] = [
+        (service, rpc.add_ExchangeServicer_to_server),
+        (log_service, rpc.add_LogServicer_to_server),
+        (log_service, rpc.add_WitnessServicer_to_server),
+    ]
+    return start(services, address, credentials)
 
 
 def serve_enrolment(enroller: Enroller, address: str, tls: TlsFiles) -> Serving:
     """Start Enrolment on `address`; clients verify the server, the server asks for no certificate."""
     service = EnrolmentService(enroller)
     credentials = grpc.ssl_server_credentials([(tls.key.read_bytes(), tls.certificate.read_bytes())])
-    return _start(service, rpc.add_EnrolmentServicer_to_server, address, credentials)
+    return start([(service, rpc.add_EnrolmentServicer_to_server)], address, credentials)
 
 
-def _start(service: Any, add: Callable[[Any, Any], None], address: str, credentials: Any) -> Serving:
-    server = grpc.server(ThreadPoolExecutor(max_workers=WORKERS), options=OPTIONS)
-    add(service, server)
-    try:
-        port = server.add_secure_port(address, credentials)
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise FederationError(
-            f"cannot listen on {address}: in use, or not an address of this machine",
-            next_step="stop what uses it, or choose another port",
-        )
-    server.start()
-    return Serving(server, port, service)
-
-
-@contextlib.contextmanager
-def _no_text(context: Any) -> Iterator[None]:
-    """gRPC would send the text of an exception to the caller; this logs it here instead."""
-    try:
-        yield
-    except Exception:
-        if context.code() is None and context.is_active():
-            log.exception("a call failed")
-            context.abort(grpc.StatusCode.INTERNAL, "internal error")
-        raise
+def _member(intake: Intake, context: Any) -> Member:
+    """Who calls. Ends the call unless the certificate is that of a member in good standing."""
+    name = context.auth_context().get("x509_common_name", [b""])[0].decode("utf-8", "replace")
+    member = intake.members.get(name)
+    if member is None or member.is_revoked or member.certificate_fingerprint != _fingerprint(context):
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a member, or revoked")
+        raise FederationError("not reached: abort raises")
+    return member
 
 
 def _fingerprint(context: Any) -> str:

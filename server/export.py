@@ -18,6 +18,7 @@ def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
     home = ServerHome(path)
     bundle.put_root(newest_root(home).encode())
     bundle.put_ledger(SERVER, home.ledger, home.log_signer)
+    bundle.put_notes(home.notes())
     store = home.store
     for stored in store.records():
         bundle.put_envelopes([store.read_bytes(stored.digest)])

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from common.files import write_atomic
 from common.kit import SCHEMA_VERSION, JoinKit
+from common.parcels import SERVER
+from common.roots import ShoreKeys
+from common.witness.card import witnesses_of
 from server.home import ServerHome
 from server.superlink import fab_sha256
 
@@ -28,6 +31,12 @@ def write_kit(home: ServerHome, domain: str, path: Path) -> JoinKit:
         fingerprint=home.identity.public.fingerprint,
         ca_certificate=(home.keys / "ca.crt").read_text(encoding="ascii"),
         fab_sha256=fab_sha256(),
+        keys=ShoreKeys(
+            shore=SERVER, identity_key=home.identity.public.hex, log_key=home.log_signer.key.public.hex
+        )
+        .seal(home.identity)
+        .decode("ascii"),
+        witnesses=tuple(witnesses_of(home.path)),
         token=home.invitations.invite(domain),
     )
     write_atomic(path, json.dumps(kit.model_dump(), indent=1).encode(), mode=0o600)

@@ -22,7 +22,9 @@ from typing import Any
 
 from common.errors import FederationError, RefusedError
 from common.files import sha256_bytes, write_atomic
+from common.notes import Verifier
 from common.parcels import SERVER
+from common.roots import log_origin
 from common.signing import PublicKey
 from common.statements import NAME_PATTERN
 
@@ -47,6 +49,12 @@ class Member:
     @property
     def key(self) -> PublicKey:
         return PublicKey.from_hex(self.identity_key)
+
+    @property
+    def log(self) -> Verifier:
+        """Verifies the checkpoints of its ledger."""
+        key = PublicKey.from_hex(self.log_key)
+        return Verifier(log_origin(self.domain, key), key)
 
     @property
     def is_revoked(self) -> bool:

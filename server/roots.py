@@ -6,12 +6,16 @@ The root key is made beside the other keys of the server's home. Whoever wants i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.ledger import Crossing
 from common.roots import LIFETIME_S, Party, Root, RootMember, SignedRoot
 from common.signing import SigningKey
+from common.witness.card import witnesses_of
+from common.witness.client import ask_witnesses
 from server.home import ServerHome
 
 RENEW_BEFORE_S = 60 * 24 * 3600
@@ -45,8 +49,28 @@ def newest_root(home: ServerHome, key: Path | None = None) -> SignedRoot:
     signed.verify_self()
     if known is not None:
         signed.verify_after(known.root, now_s=now_s)
+    signed.save(home.path / "roots" / f"{root.version}.json")
     signed.save(path)
     return signed
+
+
+def root_versions(home: ServerHome) -> list[SignedRoot]:
+    """Every version that was signed here, oldest first, the newest one made if it is due and can be."""
+    with contextlib.suppress(ConfigError):  # the root key is elsewhere: its holder signs when he is asked to
+        newest_root(home)
+    paths = sorted((home.path / "roots").glob("*.json"), key=lambda path: int(path.stem))
+    return [SignedRoot.load(path) for path in paths]
+
+
+def keep_checkpoints(home: ServerHome) -> None:
+    """Sign what the ledger is now, and have every witness cosign it. Raises LedgerError, StorageError."""
+    home.keep_checkpoint()
+    if witnesses_of(home.path):
+
+        def release(note: str, peer: str, size: int) -> None:
+            home.ledger.record(Crossing.of_checkpoint("out", peer, note, size))
+
+        ask_witnesses(home, release, root_versions(home))
 
 
 def _is_due(root: Root, home: ServerHome, now_s: int) -> bool:
@@ -75,6 +99,6 @@ def _wanted(home: ServerHome, root_keys: tuple[str, ...], version: int, created_
         threshold=1,
         root_keys=root_keys,
         server=Party(identity_key=home.identity.public.hex, log_key=home.log_signer.key.public.hex),
-        witnesses=(),
+        witnesses=tuple(card.in_root for card in witnesses_of(home.path)),
         members=tuple(sorted(members, key=lambda member: member.domain)),
     )

@@ -26,6 +26,7 @@ from server.home import ServerHome
 from server.merge import MergeResult, run_merge
 from server.publishing import Provenance, publish
 from server.results import write_results
+from server.roots import keep_checkpoints
 from server.runs import DONE, RUNNING, Run
 from server.store import OpenRun
 
@@ -89,7 +90,7 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
     _enter(home, run, journal, status, "report")
     write_results(home, run, merged, _lost(outcome, evaluated, installed))
     home.store.close_run(run.spec.run_id)
-    home.keep_checkpoint()
+    keep_checkpoints(home)
     run.set_state(DONE, phase="done")
     status(phase="done", step=1, total=1)
 
@@ -194,7 +195,7 @@ def _enter(home: ServerHome, run: Run, journal: Journal, status: StatusFile, pha
     log.info("%s: %s", run.spec.run_id, phase)
     fact = journal.get(f"phase/{phase}") or {"time_s": round(time.time(), 2)}
     journal.put(f"phase/{phase}", fact)
-    home.keep_checkpoint()
+    keep_checkpoints(home)
     run.set_state(RUNNING, phase=phase)
     status(phase=phase)
     return float(fact["time_s"]) + 60.0 * run.spec.config.run.deadline_minutes

@@ -47,7 +47,7 @@ def serve(home: ServerHome) -> None:
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     signal.signal(signal.SIGINT, lambda *_: ended.set())
     with (
-        serve_exchange(intake, home.identity.public, f"{bind}:{ports.exchange}", tls),
+        serve_exchange(intake, home, home.identity.public, f"{bind}:{ports.exchange}", tls),
         serve_enrolment(enroller, f"{bind}:{ports.enrol}", tls),
     ):
         ended.wait()

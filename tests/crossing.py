@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from clients.egress import EgressGate, EgressPolicy
 from clients.exchange_client import ExchangeClient
 from common.catalog import Catalog
+from common.checkpoints import LedgerHome
 from common.files import sha256_bytes, write_atomic
 from common.ledger import Journal, Ledger
 from common.parcels import EVERYONE, SERVER, Codec, Header, Kind, Parcel, draft, seal_parcel
@@ -53,6 +54,17 @@ def make_metrics(path: Path, **values: float) -> Path:
     return path
 
 
+class Book(LedgerHome):
+    """The ledger of a shore at `path`, and what goes with it."""
+
+    def __init__(self, path: Path, shore: str) -> None:
+        self.path, self._shore = path, shore
+
+    @property
+    def shore(self) -> str:
+        return self._shore
+
+
 @dataclass
 class Shore:
     """The server: call `restart` to lose everything that only memory holds."""
@@ -88,7 +100,7 @@ class Shore:
         )
 
     def serve(self, address: str = "127.0.0.1:0") -> Serving:
-        return serve(self.intake, self.key.public, address, self.tls)
+        return serve(self.intake, Book(self.home, SERVER), self.key.public, address, self.tls)
 
     def publish(self, payload: Path, recipient: str = EVERYONE, kind: Kind = Kind.UNIVERSAL_MODEL) -> Parcel:
         header = draft(

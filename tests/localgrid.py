@@ -184,7 +184,7 @@ class LocalFederation:
         ports = home.config.ports
         intake = Intake(home.store, home.ledger, home.members, home.identity)
         self.exchange = self._stack.enter_context(
-            serve(intake, home.identity.public, f"127.0.0.1:{ports.exchange}", tls)
+            serve(intake, home, home.identity.public, f"127.0.0.1:{ports.exchange}", tls)
         )
         self._stack.enter_context(serve_enrolment(enroller, f"127.0.0.1:{ports.enrol}", tls))
         self._stack.enter_context(mock.patch("clients.actions.run_job", self._run_job))

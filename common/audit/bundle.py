@@ -5,6 +5,7 @@
     shores/<name>/checkpoint       its newest checkpoint, a signed note
     parcels/<digest>.dsse          headers in their envelopes, named by the envelope's SHA-256
     receipts/<digest>.dsse         receipts
+    checkpoints/<digest>.note      cosigned checkpoints of any ledger, whoever kept them
     payloads/<digest>              payloads, where they were asked for, named by their SHA-256
 
 Every shore exports its own part (`isthmus audit bundle HOME --out DIR`); into the same folder they become one
@@ -69,6 +70,11 @@ class Bundle:
         path = self.path / "payloads" / digest
         return path if re.fullmatch(DIGEST_PATTERN, digest) and path.is_file() else None
 
+    def notes(self) -> list[str]:
+        """Every cosigned checkpoint, as text."""
+        paths = sorted((self.path / "checkpoints").glob("*.note"))
+        return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+
     def _read(self, kind: str, digest: str) -> bytes | None:
         try:
             data = (self.path / kind / f"{digest}.dsse").read_bytes()
@@ -95,6 +101,12 @@ class Bundle:
         """Add receipts. Raises StorageError."""
         for receipt in receipts:
             write_atomic(self.path / "receipts" / f"{sha256_bytes(receipt)}.dsse", receipt)
+
+    def put_notes(self, notes: Iterable[str]) -> None:
+        """Add cosigned checkpoints. Raises StorageError."""
+        for note in notes:
+            name = sha256_bytes(note.encode())
+            write_atomic(self.path / "checkpoints" / f"{name}.note", note.encode())
 
     def put_payload(self, digest: str, source: Path) -> None:
         """Add a copy of a payload. Raises StorageError."""

@@ -24,24 +24,28 @@ Format = Literal["text", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="text, or json for machines")]
 BundleArgument = Annotated[Path, typer.Argument(help="the bundle's folder")]
 # Each shore knows its own home; naming the exporters here keeps `common` free of both.
-EXPORTERS = {"server.toml": "server.export:export", "client.toml": "clients.export:export"}
+EXPORTERS = {
+    "server.toml": "server.export:export",
+    "client.toml": "clients.export:export",
+    "witness.toml": "common.witness.export:export",
+}
 
 app = typer.Typer(help="Prove offline what crossed.", no_args_is_help=True)
 
 
 @app.command()
 def bundle(
-    run_dir: Annotated[Path, typer.Argument(help="a server's or an owner's home, or a simulation's folder")],
+    run_dir: Annotated[Path, typer.Argument(help="anybody's home, or the folder of a simulation")],
     out: Annotated[Path, typer.Option(help="the bundle's folder; parts of other shores in it are kept")],
     payloads: Annotated[bool, typer.Option("--payloads", help="also what the headers speak of")] = False,
 ) -> None:
     """Collect what an auditor needs: ledgers, checkpoints, headers, receipts, root.json."""
-    homes = [run_dir, run_dir / "server", *sorted((run_dir / "domains").glob("*"))]
+    homes = [run_dir, run_dir / "server", run_dir / "witness", *sorted((run_dir / "domains").glob("*"))]
     found = [(home, EXPORTERS[name]) for home in homes for name in EXPORTERS if (home / name).is_file()]
     if not found:
         raise ConfigError(
             f"{run_dir} is neither a home nor the folder of a simulation",
-            next_step="name the folder that holds server.toml, client.toml, or server/ and domains/",
+            next_step=f"name the folder that holds {', '.join(EXPORTERS)}, or server/ and domains/",
         )
     target = Bundle(out, create=True)
     for home, exporter in found:

@@ -12,6 +12,7 @@ here: expiry was enforced when a parcel came in.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +22,10 @@ from typing import Any
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
-from common.errors import IsthmusError, LedgerError, ParcelError
+from common.errors import IsthmusError, LedgerError, ParcelError, SignatureError
 from common.files import sha256_bytes
 from common.ledger import LINE_BYTES, Crossing, lines, walk
-from common.notes import Checkpoint
+from common.notes import Checkpoint, Note
 from common.parcels import EVERYONE, SERVER, Header, Kind, Privacy, Receipt
 from common.payloads import check_tensors, inspect
 from common.roots import Party, Root, RootMember, log_verifier
@@ -36,7 +37,6 @@ LIMITS = (
     "that nothing left by another way: traffic that never passed the gate is in no ledger",
     "what a task vector or a metric says about the data behind it: neither is anonymous",
     "what control messages said: they are recorded by digest and size",
-    "that the two shores did not agree to keep the same false books",
 )
 Progress = Callable[[str, int, int], None]
 
@@ -74,15 +74,24 @@ class DomainReport:
     not_proven: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Cosigned:
+    """Up to which size somebody saw a ledger grow, and when, by his own clock."""
+
+    size: int
+    time_s: int
+
+
 @dataclass
 class ShoreReport:
-    """One ledger: how long it is, its root, and how much of it a signed checkpoint covers."""
+    """One ledger: how long it is, its root, how much of it a signed checkpoint covers, who cosigned it."""
 
     shore: str
     entries: int
     root: str
     checkpoint_size: int
     origin: str
+    cosigned: dict[str, Cosigned] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,6 +124,7 @@ class _Log:
     crossings: list[Crossing]
     tree: merkle.Tree
     covered: int = 0
+    cosigned: dict[str, Cosigned] = field(default_factory=dict)
 
     def at(self, type_: str, direction: str, peer: str) -> Iterator[tuple[int, Crossing]]:
         """Entries of this type and direction, with `peer`."""
@@ -136,6 +146,7 @@ class _Audit:
     def __init__(self, bundle: Bundle, root: Root, on_step: Progress) -> None:
         self._bundle, self._root, self._on_step = bundle, root, on_step
         self._parties = root.parties()
+        self._witnesses = {witness.peer for witness in root.witnesses}
         self._findings: list[Finding] = []
         self._parcels: dict[str, tuple[Header, int]] = {}  # verified, and the size of the envelope
         self._receipts: dict[str, Receipt] = {}
@@ -159,6 +170,9 @@ class _Audit:
             self._repeats(log)
             self._check_histories(log)
             self._check_checkpoint(log)
+        self._check_notes(logs)
+        for log in logs.values():
+            self._check_witnessed(log)
         domains = [self._domain(member, logs) for member in self._root.members]
         names = {report.domain for report in domains}
         for report in domains:
@@ -170,6 +184,7 @@ class _Audit:
                 log.tree.root().hex(),
                 log.covered,
                 log_verifier(log.shore, log.party).name,
+                log.cosigned,
             )
             for log in logs.values()
         ]
@@ -203,15 +218,50 @@ class _Audit:
         except IsthmusError as err:
             self._find(log.shore, -1, "checkpoint", err.message)
             return
+        if self._is_of(log, checkpoint):
+            log.covered = max(log.covered, checkpoint.size)
+
+    def _is_of(self, log: _Log, checkpoint: Checkpoint) -> bool:
+        """Whether `log` is, or has grown from, what its owner signed; if not, that is a finding."""
         head = TreeHead(size=checkpoint.size, root=checkpoint.root.hex())
+        if log.agrees(head):
+            return True
         if head.size > len(log.tree):
             reason = f"the signed checkpoint has {head.size} entries, the ledger {len(log.tree)}"
             self._find(log.shore, len(log.tree), "truncated", reason)
-        elif not log.agrees(head):
+        else:
             reason = f"the ledger is not the one of the signed checkpoint of size {head.size}"
             self._find(log.shore, self._last_agreement(log), "rewritten", reason)
-        else:
-            log.covered = head.size
+        return False
+
+    def _check_notes(self, logs: dict[str, _Log]) -> None:
+        """Cosigned checkpoints, whoever kept them, must be of the ledgers in the bundle."""
+        own = {shore: log_verifier(shore, party) for shore, party in self._parties.items()}
+        shores = {verifier.name: shore for shore, verifier in own.items()}
+        others = {witness.name: witness.verifier for witness in self._root.witnesses}
+        for text in self._bundle.notes():
+            try:
+                note = Note.parse(text)
+                shore = shores.get(Checkpoint.read(note.text).origin, "")
+                if not shore:
+                    raise LedgerError("a checkpoint of a log that is not in the root file")
+                checkpoint = Checkpoint.open(text, own[shore])
+            except IsthmusError as err:
+                self._find("bundle", -1, "checkpoint", err.message)
+                continue
+            log = logs.get(shore)
+            if log is None or not self._is_of(log, checkpoint):
+                continue
+            for name, verifier in {**own, **others}.items():
+                with contextlib.suppress(SignatureError):
+                    seen = Cosigned(checkpoint.size, note.cosigned_by(verifier))
+                    log.cosigned[name] = max(log.cosigned.get(name, seen), seen, key=lambda one: one.size)
+
+    def _check_witnessed(self, log: _Log) -> None:
+        names = {witness.name for witness in self._root.witnesses}
+        if names and log.crossings and not names & set(log.cosigned):
+            reason = "the root file names witnesses, and none of them cosigned this ledger"
+            self._find(log.shore, -1, "unwitnessed", reason)
 
     def _check_histories(self, log: _Log) -> None:
         """Every tree head that this shore signed in a header or a receipt must be of this ledger."""
@@ -231,6 +281,8 @@ class _Audit:
     # One entry
 
     def _check_entry(self, log: _Log, index: int, crossing: Crossing) -> None:
+        if crossing.type == "checkpoint" and crossing.peer in self._witnesses:
+            return
         across = (crossing.peer == SERVER) != (log.shore == SERVER)
         if crossing.peer not in self._parties or not across:
             if crossing.type != "parcel" or crossing.verdict in ("", "accepted"):
@@ -376,8 +428,24 @@ class _Audit:
             report.not_proven.append(
                 f"the content of {missing} parcels: their payloads are not in the bundle"
             )
-        report.not_proven.extend(LIMITS)
+        report.not_proven.extend([*LIMITS, self._collusion(member.domain, own, server)])
         return report
+
+    def _collusion(self, domain: str, own: _Log | None, server: _Log | None) -> str:
+        """What only an independent witness could tell."""
+        books = f"that {domain} and the server did not agree to keep the same false books"
+        names = [witness.name for witness in self._root.witnesses]
+        seen = [
+            max((log.cosigned[name].size for name in names if name in log.cosigned), default=0)
+            for log in (own, server)
+            if log is not None
+        ]
+        if len(seen) < 2 or not all(seen):
+            return books
+        return (
+            f"{books} after entries {seen[0] - 1} and {seen[1] - 1}, the last that a witness saw; "
+            f"before them, that {', '.join(names)} did not help them"
+        )
 
     def _tally(self, report: DomainReport, log: _Log, *, is_own: bool) -> None:
         for crossing in log.crossings:
@@ -416,12 +484,13 @@ class _Audit:
                     self._find(
                         taker.shore, index, "never-sent", f"{giver.shore}'s ledger never gave this receipt"
                     )
-            spoken = Counter(crossing.digest for _, crossing in giver.at("message", "out", taker.shore))
-            for index, crossing in taker.at("message", "in", giver.shore):
-                spoken[crossing.digest] -= 1
-                if spoken[crossing.digest] < 0:
-                    reason = f"{giver.shore}'s ledger never sent this control message"
-                    self._find(taker.shore, index, "never-sent", reason)
+            for type_ in ("message", "checkpoint"):
+                spoken = Counter(crossing.digest for _, crossing in giver.at(type_, "out", taker.shore))
+                for index, crossing in taker.at(type_, "in", giver.shore):
+                    spoken[crossing.digest] -= 1
+                    if spoken[crossing.digest] < 0:
+                        reason = f"{giver.shore}'s ledger never sent this {type_}"
+                        self._find(taker.shore, index, "never-sent", reason)
 
     def _unacknowledged(self, log: _Log, peer: str) -> list[dict[str, int | str]]:
         answered = {

@@ -305,3 +305,286 @@ class Enrolment:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class LogStub:
+    """The merge server's ledger, for members: mutual TLS as for Exchange.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetCheckpoint = channel.unary_unary(
+                '/isthmus.exchange.v1.Log/GetCheckpoint',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointReply.FromString,
+                _registered_method=True)
+        self.Inclusion = channel.unary_unary(
+                '/isthmus.exchange.v1.Log/Inclusion',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.InclusionRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.FromString,
+                _registered_method=True)
+        self.Consistency = channel.unary_unary(
+                '/isthmus.exchange.v1.Log/Consistency',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ConsistencyRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.FromString,
+                _registered_method=True)
+
+
+class LogServicer:
+    """The merge server's ledger, for members: mutual TLS as for Exchange.
+    """
+
+    def GetCheckpoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inclusion(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Consistency(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_LogServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointReply.SerializeToString,
+            ),
+            'Inclusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inclusion,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.InclusionRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.SerializeToString,
+            ),
+            'Consistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.Consistency,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ConsistencyRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'isthmus.exchange.v1.Log', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('isthmus.exchange.v1.Log', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Log:
+    """The merge server's ledger, for members: mutual TLS as for Exchange.
+    """
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Log/GetCheckpoint',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.GetCheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inclusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Log/Inclusion',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.InclusionRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Consistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Log/Consistency',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ConsistencyRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.ProofReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class WitnessStub:
+    """Who cosigns checkpoints of logs that grow consistently (c2sp.org/tlog-witness, as gRPC): the merge server
+    for its members' ledgers, and independent witnesses for everybody's.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.AddCheckpoint = channel.unary_unary(
+                '/isthmus.exchange.v1.Witness/AddCheckpoint',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointReply.FromString,
+                _registered_method=True)
+        self.UpdateRoot = channel.unary_unary(
+                '/isthmus.exchange.v1.Witness/UpdateRoot',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootReply.FromString,
+                _registered_method=True)
+
+
+class WitnessServicer:
+    """Who cosigns checkpoints of logs that grow consistently (c2sp.org/tlog-witness, as gRPC): the merge server
+    for its members' ledgers, and independent witnesses for everybody's.
+    """
+
+    def AddCheckpoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateRoot(self, request, context):
+        """Root files that follow the one that the witness trusts. Not served by the merge server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WitnessServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'AddCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddCheckpoint,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointReply.SerializeToString,
+            ),
+            'UpdateRoot': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateRoot,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'isthmus.exchange.v1.Witness', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('isthmus.exchange.v1.Witness', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Witness:
+    """Who cosigns checkpoints of logs that grow consistently (c2sp.org/tlog-witness, as gRPC): the merge server
+    for its members' ledgers, and independent witnesses for everybody's.
+    """
+
+    @staticmethod
+    def AddCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Witness/AddCheckpoint',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.AddCheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateRoot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Witness/UpdateRoot',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.UpdateRootReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

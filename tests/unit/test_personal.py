@@ -105,7 +105,7 @@ def test_recommendations_read_items_as_their_model_was_trained_to(home: Path, pi
 
 
 def test_status_says_where_the_universal_model_is_worse(home: Path) -> None:
-    address = ServerAddress(name="s", fleet="", exchange="", enrol="", public_key="")
+    address = ServerAddress(name="s", fleet="", exchange="", enrol="", public_key="", log_key="")
     ClientHome.write_config(home, ClientConfig(domain="tea", pseudonym="p", server=address, data=""))
     own = {"recall@10": 0.2, "ndcg@10": 0.1}
     for ndcg, worse in ((0.09, True), (0.1, False), (0.11, False)):

@@ -39,7 +39,7 @@ def _root(**changes: Any) -> Root:
         "threshold": 2,
         "root_keys": tuple(key.public.hex for key in KEYS),
         "server": Party(identity_key=_hex(12), log_key=_hex(13)),
-        "witnesses": (Witness(name="witness.example/w1", key=_hex(14)),),
+        "witnesses": (Witness(name="w1.witness.example", key=_hex(14)),),
         "members": (member,),
     }
     return Root(**{**facts, **changes})

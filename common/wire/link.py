@@ -39,8 +39,13 @@ T = TypeVar("T")
 
 def connect(address: str, ca: Path, own: TlsFiles | None = None) -> Any:
     """A TLS channel to `address` (host:port) that trusts `ca` alone; with `own`, mutual TLS."""
+    return connect_to(address, ca.read_bytes(), own)
+
+
+def connect_to(address: str, ca: bytes, own: TlsFiles | None = None) -> Any:
+    """As `connect`, with the CA certificate as PEM."""
     key, certificate = (own.key.read_bytes(), own.certificate.read_bytes()) if own else (None, None)
-    credentials = grpc.ssl_channel_credentials(ca.read_bytes(), key, certificate)
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
     return grpc.secure_channel(address, credentials, options=OPTIONS)
 
 
