@@ -18,7 +18,7 @@ from common.ledger import NO_ENTRY, Crossing, entry_line
 from common.merkle import Tree, leaf_hash
 from common.notes import Checkpoint, Signer
 from common.parcels import Kind, Receipt
-from common.roots import Party, Root, RootMember, SignedRoot, log_origin
+from common.roots import Party, Root, RootMember, SignedRoot, Witness, log_origin
 from common.signing import SigningKey, pae, seal
 from common.statements import TreeHead
 
@@ -58,7 +58,7 @@ def vectors() -> dict[str, Any]:
     lines, tree, previous = ledger()
     signer = Signer(log_origin("server", key("server log").public), key("server log"))
     note = signer.sign(Checkpoint(signer.name, 5, tree.root()).text())
-    cosigned = note.with_cosignature(Signer("witness.example/w1", key("witness")), time_s=1700000001)
+    cosigned = note.with_cosignature(Signer("w1.witness.example", key("witness")), time_s=1700000001)
     receipt = Receipt(
         kind=Kind.CATALOG,
         run="demo",
@@ -88,7 +88,7 @@ def vectors() -> dict[str, Any]:
         threshold=1,
         root_keys=(key("root").public.hex,),
         server=Party(identity_key=key("server identity").public.hex, log_key=key("server log").public.hex),
-        witnesses=(),
+        witnesses=(Witness(name="w1.witness.example", key=key("witness").public.hex),),
         members=(member,),
     )
     statement = {"b": [1, "two"], "a": {}}

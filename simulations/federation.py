@@ -1,9 +1,9 @@
 """A whole federation on this machine: the very processes of a deployment, each in its own home.
 
-`OnOneMachine` makes a server's home and an owner's home for each domain, starts `isthmus server up` and
-one `isthmus client up` a domain, lets every owner join with a real kit over real TLS, starts a run and
-watches it to its end. Nothing is shared between the homes but the wire. The only things that a
-deployment could not do are looking into all homes at once, for the progress and for the report.
+`OnOneMachine` makes a server's home, a witness's and an owner's for each domain, starts `isthmus server up`,
+`isthmus witness up` and one `isthmus client up` a domain, lets every owner join with a real kit over real
+TLS, starts a run and watches it to its end. Nothing is shared between the homes but the wire. The only things
+that a deployment could not do are looking into all homes at once, for the progress and for the report.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from clients.training.slots import environment
 from common.config import RunConfig
 from common.errors import FederationError
 from common.kit import read_kit
-from common.processes import STOP_PATIENCE_S, ProcessSpec, Supervisor, free_ports, python_module
+from common.processes import STOP_PATIENCE_S, ProcessSpec, Supervisor, free_ports, listens, python_module
+from common.witness.home import WitnessConfig, WitnessHome
 from server.cli import create_home, create_run
 from server.home import ServerHome
 from server.kit import write_kit
+from server.roots import newest_root
 from server.runs import Run
 
 PORTS_OF_SERVER = 4
@@ -70,7 +72,9 @@ class OnOneMachine:
             ready=lambda: (home.path / "up").exists(),
         )
         (home.path / "up").unlink(missing_ok=True)
-        first = Supervisor(self.folder / "launcher", [server], patience_s=2 * STOP_PATIENCE_S)
+        first = Supervisor(
+            self.folder / "launcher", [self._witness(home), server], patience_s=2 * STOP_PATIENCE_S
+        )
         first.install_signal_handlers()
         try:
             first.start(READY_TIMEOUT_S)
@@ -102,6 +106,17 @@ class OnOneMachine:
                 },
             )
         return ServerHome(path)
+
+    def _witness(self, home: ServerHome) -> ProcessSpec:
+        """A witness of all ledgers; it is a process of its own, but not independent: this machine runs it."""
+        path = self.folder / "witness"
+        if not (path / "witness.toml").exists():
+            config = WitnessConfig(name="witness.simulation", port=free_ports(1)[0])
+            WitnessHome.create(path, config, newest_root(home))
+        witness = WitnessHome(path)
+        witness.card.add_to(home.path)  # so that every join kit has it
+        argv = python_module("common.witness.cli", "up", "--home", str(path))
+        return ProcessSpec("witness", argv, ready=lambda: listens("127.0.0.1", witness.config.port))
 
     def _join(self, home: ServerHome, domain: str, base: str) -> None:
         path = self.client_path(domain)

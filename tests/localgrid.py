@@ -35,6 +35,7 @@ from common.parcels import Kind
 from common.processes import free_ports
 from common.progress import NO_REPORT
 from common.tls import CertificateAuthority, TlsFiles
+from common.wire.serving import Serving
 from server.cli import create_home, create_run
 from server.enrolment import Enroller
 from server.exchange import serve, serve_enrolment
@@ -169,30 +170,37 @@ class LocalFederation:
         self.fits_done: list[str] = []
         self.fab = fab_sha256()
         self._stack = ExitStack()
+        self.exchange: Serving | None = None
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         home = {"name": "pico", "hosts": ["127.0.0.1"], "bind": "127.0.0.1", "ports": ports}
         self.server_path = create_home(folder / "server", home).path
 
     def __enter__(self) -> Self:
         home = self.server()
-        tls = TlsFiles(home.keys / "ca.crt", home.keys / "tls.crt", home.keys / "tls.key")
+        self.serve_exchange()
         authority = CertificateAuthority(home.keys / "ca.crt", home.keys / "ca.key")
         nodes = defaultdict(lambda: "99", {domain: str(n) for n, domain in enumerate(self.domains, 1)})
         enroller = Enroller(
             home.members, home.invitations, authority, home.identity.public, lambda d, _key: nodes[d]
         )
-        ports = home.config.ports
-        intake = Intake(home.store, home.ledger, home.members, home.identity)
-        self.exchange = self._stack.enter_context(
-            serve(intake, home, home.identity.public, f"127.0.0.1:{ports.exchange}", tls)
-        )
-        self._stack.enter_context(serve_enrolment(enroller, f"127.0.0.1:{ports.enrol}", tls))
+        enrol = f"127.0.0.1:{home.config.ports.enrol}"
+        self._stack.enter_context(serve_enrolment(enroller, enrol, _tls(home)))
         self._stack.enter_context(mock.patch("clients.actions.run_job", self._run_job))
         identity = {"_run_id": 1, "_node_id": 1, "_task_id": 1}  # Flower sets them in a ServerApp's process
         self._stack.enter_context(mock.patch.multiple(TaskIdentity, **identity))
         for domain in self.domains:
             self._join(home, domain)
         return self
+
+    def serve_exchange(self) -> None:
+        """The data channel, by a new process of the server if one was there before."""
+        if self.exchange is not None:
+            self.exchange.stop(0)
+        home = self.server()
+        intake = Intake(home.store, home.ledger, home.members, home.identity)
+        address = f"127.0.0.1:{home.config.ports.exchange}"
+        self.exchange = serve(intake, home, home.identity.public, address, _tls(home))
+        self._stack.callback(self.exchange.stop, 0)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -246,3 +254,7 @@ class LocalFederation:
         if job.mode == "fit":
             self.fits_done.append(domain)
         return dict(result)
+
+
+def _tls(home: ServerHome) -> TlsFiles:
+    return TlsFiles(home.keys / "ca.crt", home.keys / "tls.crt", home.keys / "tls.key")

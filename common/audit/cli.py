@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,6 +154,9 @@ def _print(report: AuditReport, signed: SignedRoot) -> None:
             f"ledger of {shore.shore}: {shore.entries} entries, "
             f"{shore.checkpoint_size} under a signed checkpoint"
         )
+        for name, seen in sorted(shore.cosigned.items()):
+            when = datetime.fromtimestamp(seen.time_s, UTC)
+            typer.echo(f"  {name} cosigned {seen.size} of them, {when:%Y-%m-%d %H:%M:%S} UTC by its clock")
     for domain in report.domains:
         _print_domain(domain)
     for finding in report.all_findings:

@@ -76,7 +76,7 @@ class DomainReport:
 
 @dataclass(frozen=True)
 class Cosigned:
-    """Up to which size somebody saw a ledger grow, and when, by his own clock."""
+    """Up to which size a shore or `witness/NAME` saw a ledger grow, and when, by its own clock."""
 
     size: int
     time_s: int
@@ -238,7 +238,7 @@ class _Audit:
         """Cosigned checkpoints, whoever kept them, must be of the ledgers in the bundle."""
         own = {shore: log_verifier(shore, party) for shore, party in self._parties.items()}
         shores = {verifier.name: shore for shore, verifier in own.items()}
-        others = {witness.name: witness.verifier for witness in self._root.witnesses}
+        others = {witness.peer: witness.verifier for witness in self._root.witnesses}
         for text in self._bundle.notes():
             try:
                 note = Note.parse(text)
@@ -258,8 +258,7 @@ class _Audit:
                     log.cosigned[name] = max(log.cosigned.get(name, seen), seen, key=lambda one: one.size)
 
     def _check_witnessed(self, log: _Log) -> None:
-        names = {witness.name for witness in self._root.witnesses}
-        if names and log.crossings and not names & set(log.cosigned):
+        if self._witnesses and log.crossings and not self._witnesses & set(log.cosigned):
             reason = "the root file names witnesses, and none of them cosigned this ledger"
             self._find(log.shore, -1, "unwitnessed", reason)
 
@@ -434,9 +433,8 @@ class _Audit:
     def _collusion(self, domain: str, own: _Log | None, server: _Log | None) -> str:
         """What only an independent witness could tell."""
         books = f"that {domain} and the server did not agree to keep the same false books"
-        names = [witness.name for witness in self._root.witnesses]
         seen = [
-            max((log.cosigned[name].size for name in names if name in log.cosigned), default=0)
+            max((log.cosigned[name].size for name in self._witnesses if name in log.cosigned), default=0)
             for log in (own, server)
             if log is not None
         ]
@@ -444,7 +442,7 @@ class _Audit:
             return books
         return (
             f"{books} after entries {seen[0] - 1} and {seen[1] - 1}, the last that a witness saw; "
-            f"before them, that {', '.join(names)} did not help them"
+            f"before them, that {', '.join(sorted(self._witnesses))} did not help them"
         )
 
     def _tally(self, report: DomainReport, log: _Log, *, is_own: bool) -> None:

@@ -89,3 +89,10 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
     for shore, known in record.items():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(known["time_s"]))
         typer.echo(f"{shore}: {known['size']} entries, cosigned {when}")
+
+
+if __name__ == "__main__":
+    from common.guard import check_imports
+
+    check_imports()
+    app()

@@ -61,6 +61,11 @@ def submit(
                 return found
             case "known_size":
                 old_size = reply.known_size
+            case _ if reply.refused.reason == ProofError.code:
+                raise LedgerError(
+                    f"{by.name} saw another history of this ledger: its first {old_size} entries changed",
+                    next_step="restore the ledger from a copy; it must never change",
+                )
             case _:
                 raise_refused(reply.refused)
     raise TransportError(f"{by.name} keeps naming another size", next_step="try again")
