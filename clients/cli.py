@@ -106,6 +106,16 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
 
 
 @app.command()
+def rotate(home: HomeOption = DEFAULT_HOME) -> None:
+    """Replace this owner's identity and log key by new ones, signed by both; its processes must not run."""
+    from clients.rotation import rotate as do_rotate
+
+    renewed = do_rotate(home.expanduser())
+    typer.echo(f"{renewed.config.domain}: new identity key {renewed.gate.public_key.fingerprint}")
+    typer.echo("the old one counts no more; the operator: isthmus server root")
+
+
+@app.command()
 def witness(
     card: Annotated[Path, typer.Argument(help="the witness's card (isthmus witness card)")],
     home: HomeOption = DEFAULT_HOME,

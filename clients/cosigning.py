@@ -40,7 +40,7 @@ def _cosign_server(home: ClientHome, channel: Any) -> str:
     size = len(reply.note) + HASH_BYTES * len(reply.proof)
     home.ledger.record(Crossing.of_checkpoint("in", SERVER, reply.note, size))
     try:
-        note = home.cosigner.cosign(SERVER, home.server_log, reply.note, known.size, list(reply.proof))
+        note = home.cosigner.cosign(SERVER, [home.server_log], reply.note, known.size, list(reply.proof))
     except ProofError as err:
         raise ProofError(
             f"the server's ledger has not grown from the {known.size} entries seen before: {err.message}",

@@ -30,12 +30,13 @@ from pydantic import Field
 
 from common.catalog import Catalog
 from common.config import Frozen
-from common.errors import GateError, IsthmusError, ParcelError, RefusedError, StorageError
+from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
 from common.files import copy_hashed, sha256_bytes, sha256_file, write_atomic
 from common.ledger import Crossing, Journal, Ledger
 from common.notes import Checkpoint, Note
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
+from common.rotation import Rotation
 from common.signing import PublicKey, SigningKey
 from common.statements import CODE_PATTERN
 
@@ -157,6 +158,12 @@ class EgressGate:
         """
         self._checked(lambda: self._check_checkpoint(note))
         self.ledger.record(Crossing.of_checkpoint("out", peer, note, size))
+
+    def release_rotation(self, rotation: Rotation) -> None:
+        """Let new keys of this owner go to the server. Raises GateError (another's keys), StorageError."""
+        if (rotation.keys.shore, rotation.keys.replaces) != (self.sender, self._key.public.hex):
+            raise GateError("this rotation does not replace this owner's key")
+        self.ledger.record_once(Crossing.of_keys("out", SERVER, rotation.data))
 
     def release_reply(self, fields: Mapping[str, ReplyValue]) -> dict[str, ReplyValue]:
         """What of `fields` may go into a control record. Raises GateError for a field off the list."""
@@ -301,7 +308,10 @@ class EgressGate:
         if known is None:
             return None
         envelope = self._envelope_path(known["digest"]).read_bytes()
-        header = Header.open(envelope, self._key.public)
+        try:
+            header = Header.open(envelope, self._key.public)
+        except SignatureError:
+            return None  # signed with a key that was replaced since
         copy = self._outbox / f"{header.payload_digest}.payload"
         if header.expires_s <= self._clock() or not copy.exists():
             return None

@@ -17,6 +17,7 @@ def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
     home = ClientHome(path)
     bundle.put_ledger(home.config.domain, home.ledger, home.log_signer)
     bundle.put_notes(home.notes())
+    bundle.put_rotations(home.rotations())
     outbox = home.path / "outbox"
     sent = [file.read_bytes() for file in sorted(outbox.glob("*.dsse"))]
     fetched = [file.read_bytes() for file in sorted((home.path / "work").glob("*/candidates/*.dsse"))]

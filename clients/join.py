@@ -16,7 +16,7 @@ from common.errors import ConfigError, SignatureError
 from common.files import write_atomic
 from common.kit import JoinKit
 from common.models.base import resolve_base
-from common.roots import ShoreKeys
+from common.rotation import ShoreKeys
 from common.signing import PublicKey, SigningKey
 from common.tls import make_csr
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from clients.home import ClientHome
+from common.errors import ConfigError
 from common.flower import flower_env
 from common.processes import ProcessSpec, Supervisor, check_port_free, listens, python_module
 
@@ -31,7 +32,13 @@ def specs(home: ClientHome) -> list[ProcessSpec]:
 
 
 def up(home: ClientHome) -> None:
-    """Run until told to stop. Raises FederationError when the port is taken or a process does not start."""
+    """Run until told to stop.
+
+    Raises ConfigError when a rotation is half done, FederationError when the port is taken or a process does
+    not start.
+    """
+    if home.journal.get("rotation") == {"accepted": True}:
+        raise ConfigError("the new keys are not in their place yet", next_step="isthmus client rotate")
     check_port_free("127.0.0.1", home.config.supernode_port, "the SuperNode (supernode_port in client.toml)")
     supervisor = Supervisor(home.path, specs(home))
     supervisor.install_signal_handlers()

@@ -6,6 +6,7 @@ that is shorter than its checkpoint, or another one, is not opened.
     checkpoint           the newest, signed by this home's log key
     checkpoints/NAME     the newest that NAME cosigned: the other shore, or a witness
     cosigned/SHORE       the newest of another shore's ledger that this home cosigned (`common.cosigning`)
+    rotations/           changes of keys, one's own or those of members (`common.rotation`)
     witnesses/NAME.json  the witnesses that are asked (`common.witness.card`)
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from common.cosigning import Cosigner
 from common.errors import IsthmusError, LedgerError
-from common.files import write_atomic
+from common.files import sha256_bytes, write_atomic
 from common.ledger import Ledger
 from common.notes import Checkpoint, Note, Signer, Verifier
 from common.roots import log_origin
@@ -64,6 +65,14 @@ class LedgerHome:
         return [
             path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("[!.]*"))
         ]
+
+    def keep_rotation(self, data: bytes) -> None:
+        """Keep a change of keys for whoever audits. Raises StorageError."""
+        write_atomic(self.path / "rotations" / f"{sha256_bytes(data)}.json", data)
+
+    def rotations(self) -> list[bytes]:
+        """Every change of keys that went through here."""
+        return [path.read_bytes() for path in sorted((self.path / "rotations").glob("*.json"))]
 
     def keep_checkpoint(self) -> None:
         """Sign what the ledger is now; from now on it cannot become less. Raises StorageError."""

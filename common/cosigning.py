@@ -42,32 +42,57 @@ class Cosigner:
         self._folder, self._clock = folder, clock
         self._guard = threading.Lock()
 
-    def latest(self, shore: str, log: Verifier) -> Checkpoint:
-        """What was cosigned last of `shore`'s log: of size 0 if nothing was. Raises LedgerError (damaged)."""
+    def latest(self, shore: str, *logs: Verifier) -> Checkpoint:
+        """What was cosigned last of `shore`'s log: of size 0 if nothing was. Raises LedgerError (damaged).
+
+        `logs` are its log's key, and those that it had before.
+        """
         path = self._folder / shore
         if not path.exists():
-            return Checkpoint(log.name, 0, EMPTY_ROOT)
+            return Checkpoint(logs[0].name, 0, EMPTY_ROOT)
+        note = self._kept(path)
+        origin = Checkpoint.read(note.text).origin
+        for log in logs:
+            if log.name == origin:
+                return Checkpoint.open(str(note), log)
+        raise LedgerError(
+            f"{path}: a checkpoint of another log than {logs[0].name}",
+            next_step="restore it from a copy; without it a rewritten log would pass",
+        )
+
+    def hand_over(self, signer: Signer) -> None:
+        """Have everything that was cosigned cosigned by `signer`, too, which takes this one's place.
+
+        Raises LedgerError (damaged), StorageError.
+        """
+        for path in sorted(self._folder.glob("[!.]*")):
+            note = self._kept(path).with_cosignature(signer, time_s=int(self._clock()))
+            write_atomic(path, str(note).encode())
+
+    def _kept(self, path: Path) -> Note:
         try:
             note = Note.parse(path.read_text(encoding="utf-8"))
             note.cosigned_by(Verifier(self.signer.name, self.signer.key.public))
-            return Checkpoint.open(str(note), log)
         except (ValueError, LedgerError) as err:
             raise LedgerError(
-                f"{path}: not a checkpoint of this log that was cosigned here ({err})",
+                f"{path}: not a checkpoint that was cosigned here ({err})",
                 next_step="restore it from a copy; without it a rewritten log would pass",
             ) from None
+        return note
 
-    def cosign(self, shore: str, log: Verifier, note: str, old_size: int, proof: Sequence[bytes]) -> Note:
-        """`note`, the newest checkpoint of `log`, with a cosignature that is kept before it is returned.
+    def cosign(
+        self, shore: str, logs: Sequence[Verifier], note: str, old_size: int, proof: Sequence[bytes]
+    ) -> Note:
+        """`note`, the newest checkpoint of `logs[0]`, with a cosignature that is kept before it is returned.
 
         `proof` shows that it has grown from what was cosigned last, of `old_size`. Raises StaleError,
         SignatureError, ProofError (not a checkpoint, or of another history), StorageError, LedgerError.
         """
         with self._guard:
-            offered, known = Checkpoint.open(note, log), self.latest(shore, log)
+            offered, known = Checkpoint.open(note, logs[0]), self.latest(shore, *logs)
             if old_size != known.size or offered.size < known.size:
                 raise StaleError(known.size)
             verify_consistency(known.size, offered.size, proof, known.root, offered.root)
-            cosigned = Note.parse(note).only(log).with_cosignature(self.signer, time_s=int(self._clock()))
+            cosigned = Note.parse(note).only(logs[0]).with_cosignature(self.signer, time_s=int(self._clock()))
             write_atomic(self._folder / shore, str(cosigned).encode())
             return cosigned

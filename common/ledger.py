@@ -202,7 +202,7 @@ class Crossing:
 
     direction: Literal["in", "out"]
     channel: Literal["control", "data"]
-    type: Literal["parcel", "receipt", "message", "checkpoint"]
+    type: Literal["parcel", "receipt", "message", "checkpoint", "keys"]
     digest: str  # SHA-256 of the bytes that crossed; a parcel's is its envelope's, a checkpoint's its note's
     size_bytes: int  # payload included
     peer: str
@@ -227,6 +227,21 @@ class Crossing:
         )
 
     @classmethod
+    def of_keys(cls, direction: Literal["in", "out"], peer: str, rotation: bytes) -> Crossing:
+        """A change of keys (`common.rotation`)."""
+        return cls(
+            direction=direction,
+            channel="data",
+            type="keys",
+            digest=sha256_bytes(rotation),
+            size_bytes=len(rotation),
+            peer=peer,
+            kind="keys",
+            run="",
+            verdict="accepted" if direction == "in" else "",
+        )
+
+    @classmethod
     def read(cls, body: Any) -> Crossing:
         """From an entry's body. Raises LedgerError unless it has exactly these fields, well formed."""
         types = {field.name: int if field.type == "int" else str for field in fields(cls)}
@@ -238,7 +253,7 @@ class Crossing:
         known = (
             found.direction in ("in", "out"),
             found.channel == ("control" if found.type == "message" else "data"),
-            found.type in ("parcel", "receipt", "message", "checkpoint"),
+            found.type in ("parcel", "receipt", "message", "checkpoint", "keys"),
             re.fullmatch(DIGEST_PATTERN, found.digest),
             found.size_bytes >= 0,
             found.time_s >= 0,

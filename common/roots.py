@@ -22,16 +22,14 @@ from pydantic import Field, model_validator
 
 from common import canonical
 from common.errors import ParcelError, SignatureError
-from common.files import sha256_bytes, write_atomic
+from common.files import write_atomic
 from common.notes import Verifier
 from common.parcels import SERVER, SKEW_S
 from common.signing import PublicKey, SigningKey, pae
-from common.statements import WITNESS_PATTERN, Digest, Exact, Name, Statement, Whole
+from common.statements import WITNESS_PATTERN, Digest, Exact, Name, PublicKeyHex, Whole
 
 PAYLOAD_TYPE = "application/vnd.isthmus.root.v1+json"
 LIFETIME_S = 365 * 24 * 3600
-
-PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Party(Exact):
@@ -44,11 +42,32 @@ class Party(Exact):
     def identity(self) -> PublicKey:
         return PublicKey.from_hex(self.identity_key)
 
+    def generations(self) -> tuple[Party, ...]:
+        """The keys that count, then those that did before."""
+        return (self,)
+
+    def keys_of(self, key_id: str) -> Party:
+        """The generation whose identity key has this id. Raises SignatureError when there is none."""
+        for keys in self.generations():
+            if keys.identity.key_id == key_id:
+                return keys
+        raise SignatureError("signed with a key that is not this shore's")
+
+
+class RetiredKeys(Party):
+    """Keys that were replaced, or revoked before their owner joined again.
+
+    `size` is the size of the server's ledger then: what it accepted before stays valid.
+    """
+
+    size: Whole
+
 
 class RootMember(Party):
     """A domain. `revoked_size` is the size of the server's ledger when it was revoked, `revoked_s` the time.
 
-    What the server accepted before that size stays valid; `revoked_s` 0 means: in good standing.
+    What the server accepted before that size stays valid; `revoked_s` 0 means: in good standing. `retired`
+    are its earlier keys, the newest first.
     """
 
     domain: Name
@@ -56,6 +75,10 @@ class RootMember(Party):
     certificate_fingerprint: Digest
     revoked_s: Whole = 0
     revoked_size: Whole = 0
+    retired: Annotated[tuple[RetiredKeys, ...], Field(max_length=64)] = ()
+
+    def generations(self) -> tuple[Party, ...]:
+        return (self, *self.retired)
 
 
 class Witness(Exact):
@@ -99,8 +122,8 @@ class Root(Exact):
         ):
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{what} must be sorted, once each")
-        keys = [self.server.identity_key, self.server.log_key]
-        keys += [key for member in self.members for key in (member.identity_key, member.log_key)]
+        parties = [keys for party in (self.server, *self.members) for keys in party.generations()]
+        keys = [key for party in parties for key in (party.identity_key, party.log_key)]
         keys += [witness.key for witness in self.witnesses] + list(self.root_keys)
         if len(set(keys)) < len(keys):
             raise ValueError("a key stands for two purposes")
@@ -111,31 +134,15 @@ class Root(Exact):
         return {SERVER: self.server, **{member.domain: member for member in self.members}}
 
 
-class ShoreKeys(Statement):
-    """A shore's own word on its two keys, signed with its identity key."""
-
-    schema_: Literal[1] = Field(default=1, alias="schema")
-    shore: Name
-    identity_key: PublicKeyHex
-    log_key: PublicKeyHex
-
-    @classmethod
-    def predicate_type(cls) -> str:
-        return "urn:isthmus:keys:v1"
-
-    def subject(self) -> tuple[str, str]:
-        return self.shore, sha256_bytes(bytes.fromhex(self.identity_key + self.log_key))
-
-
 def log_origin(shore: str, key: PublicKey) -> str:
     """The origin line of a shore's log: what its checkpoints are named."""
     return f"isthmus/{shore}/{key.key_id[:16]}"
 
 
-def log_verifier(shore: str, party: Party) -> Verifier:
-    """Who signs the checkpoints of `shore`'s log."""
-    key = PublicKey.from_hex(party.log_key)
-    return Verifier(log_origin(shore, key), key)
+def log_verifiers(shore: str, party: Party) -> list[Verifier]:
+    """Who signs the checkpoints of `shore`'s log, then who did before."""
+    keys = [PublicKey.from_hex(keys.log_key) for keys in party.generations()]
+    return [Verifier(log_origin(shore, key), key) for key in keys]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Run = Annotated[str, Field(pattern=RUN_PATTERN)]
 Code = Annotated[str, Field(pattern=CODE_PATTERN)]
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+PublicKeyHex = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 Whole = Annotated[int, Field(ge=0, le=canonical.MAX_INTEGER)]
 
 

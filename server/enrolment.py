@@ -55,13 +55,9 @@ class Enroller:
             if known.identity_key == facts.identity_key:
                 return known
             raise RefusedError("this domain has enrolled with other keys", reason="already-member")
-        holder = self._members.by_key_id(key.key_id)
-        if holder is not None:
-            raise RefusedError("this identity key is or was a member's", reason="already-member")
-        taken = {facts.identity_key, self.server_key.hex}
-        taken |= {used for other in self._members.all() for used in (other.identity_key, other.log_key)}
-        if facts.log_key in taken:
-            raise RefusedError("the log key is another key of somebody's", reason="already-member")
+        taken = {self.server_key.hex, *self._members.keys()}
+        if facts.identity_key in taken or facts.log_key in {facts.identity_key, *taken}:
+            raise RefusedError("a key is or was another key of somebody's", reason="already-member")
         certificate = sign_csr(self._ca, facts.tls_csr, facts.domain)
         member = Member(
             domain=facts.domain,
@@ -72,6 +68,7 @@ class Enroller:
             certificate_fingerprint=certificate_fingerprint(certificate),
             node_id=self._register_node(facts.domain, facts.node_key),
             joined_s=int(time.time()),
+            retired=[] if known is None else known.retiring(known.revoked_size),
         )
         self._members.put(member)
         return member

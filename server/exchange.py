@@ -33,13 +33,14 @@ from common.witness.service import add_checkpoint
 from server.enrolment import Enroller
 from server.intake import Intake, SignedRefusalError
 from server.members import Member
+from server.rotation import rotate
 
 
 class ExchangeService:
-    """The four calls of `Exchange`."""
+    """The five calls of `Exchange`."""
 
-    def __init__(self, intake: Intake, server_key: PublicKey) -> None:
-        self._intake = intake
+    def __init__(self, intake: Intake, home: LedgerHome, server_key: PublicKey) -> None:
+        self._intake, self._home = intake, home
         self._server_key = server_key
         self.payload_bytes_received = 0
         self._count = threading.Lock()
@@ -146,6 +147,18 @@ class ExchangeService:
         )
         self._intake.store.record_acknowledged(parcel.digest, member.domain, envelope)
 
+    def Rotate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The caller goes over to new keys."""
+        with no_text(context):
+            try:
+                size = rotate(
+                    self._home, self._intake.members, _member(self._intake, context), request.rotation
+                )
+            except (ParcelError, StorageError) as err:
+                reason = err.reason if isinstance(err, RefusedError) else err.code
+                return pb.RotateReply(refused=pb.Refused(reason=reason, text=err.message))
+            return pb.RotateReply(ledger_size=size)
+
     def Status(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Version, key, ledger head and clock."""
         with no_text(context):
@@ -207,7 +220,7 @@ class LogService:
                 self._keep_cosigned(member, request.cosigned)
             except (ParcelError, ProofError) as err:
                 return pb.AddCheckpointReply(refused=pb.Refused(reason=err.code, text=err.message))
-            return add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.log), request)
+            return add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.logs()), request)
 
     def _keep_cosigned(self, member: Member, cosigned: str) -> None:
         if not cosigned:
@@ -216,7 +229,7 @@ class LogService:
         own = Verifier(signer.name, signer.key.public)
         note = Note.parse(cosigned)
         Checkpoint.open(cosigned, own)
-        note.cosigned_by(member.log)
+        note.cosigned_by(member.logs()[0])
         write_atomic(self._home.cosigned_path(member.domain), cosigned.encode())
 
     def UpdateRoot(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -263,7 +276,7 @@ def serve(intake: Intake, home: LedgerHome, server_key: PublicKey, address: str,
 
     Raises FederationError if it is in use.
     """
-    service = ExchangeService(intake, server_key)
+    service = ExchangeService(intake, home, server_key)
     credentials = grpc.ssl_server_credentials(
         [(tls.key.read_bytes(), tls.certificate.read_bytes())],
         root_certificates=tls.ca.read_bytes(),

@@ -19,6 +19,7 @@ def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
     bundle.put_root(newest_root(home).encode())
     bundle.put_ledger(SERVER, home.ledger, home.log_signer)
     bundle.put_notes(home.notes())
+    bundle.put_rotations(home.rotations())
     store = home.store
     for stored in store.records():
         bundle.put_envelopes([store.read_bytes(stored.digest)])

@@ -162,9 +162,12 @@ class Intake:
 
     def _identify(self, envelope: bytes, peer_fingerprint: str) -> tuple[Header, Member]:
         try:
-            signer = self.members.by_key_id(Sealed.parse(envelope).key_id)
+            key_id = Sealed.parse(envelope).key_id
         except ParcelError:
-            signer = None
+            key_id = ""
+        signer = self.members.by_key_id(key_id)
+        if signer is None and self.members.has_retired(key_id):
+            raise RefusedError("signed by a key that its owner has replaced", reason="rotated")
         header, member = self._admission.read_header(envelope, signer)
         self._admission.check_sender(header, member, peer_fingerprint)
         return header, member

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.files import write_atomic
 from common.kit import SCHEMA_VERSION, JoinKit
 from common.parcels import SERVER
-from common.roots import ShoreKeys
+from common.rotation import ShoreKeys
 from common.witness.card import witnesses_of
 from server.home import ServerHome
 from server.superlink import fab_sha256

@@ -16,7 +16,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from common.errors import FederationError, RefusedError
 from common.files import sha256_bytes, write_atomic
 from common.notes import Verifier
 from common.parcels import SERVER
-from common.roots import log_origin
+from common.roots import RetiredKeys, RootMember, log_verifiers
+from common.rotation import ShoreKeys
 from common.signing import PublicKey
 from common.statements import NAME_PATTERN
 
@@ -45,16 +46,33 @@ class Member:
     joined_s: int
     revoked_s: int = 0
     revoked_size: int = 0  # entries in the server's ledger at that moment
+    retired: list[dict[str, Any]] = field(default_factory=list)  # `RetiredKeys`, the newest first
 
     @property
     def key(self) -> PublicKey:
         return PublicKey.from_hex(self.identity_key)
 
+    def logs(self) -> list[Verifier]:
+        """Who signs the checkpoints of its ledger, then who did before."""
+        return log_verifiers(self.domain, self.in_root)
+
     @property
-    def log(self) -> Verifier:
-        """Verifies the checkpoints of its ledger."""
-        key = PublicKey.from_hex(self.log_key)
-        return Verifier(log_origin(self.domain, key), key)
+    def in_root(self) -> RootMember:
+        """What of it stands in root.json."""
+        return RootMember(
+            domain=self.domain,
+            pseudonym=self.pseudonym,
+            identity_key=self.identity_key,
+            log_key=self.log_key,
+            certificate_fingerprint=self.certificate_fingerprint,
+            revoked_s=self.revoked_s,
+            revoked_size=self.revoked_size,
+            retired=tuple(RetiredKeys(**keys) for keys in self.retired),
+        )
+
+    def retiring(self, size: int) -> list[dict[str, Any]]:
+        """`retired` once its keys of today are: the server's ledger has `size` entries then."""
+        return [{"identity_key": self.identity_key, "log_key": self.log_key, "size": size}, *self.retired]
 
     @property
     def is_revoked(self) -> bool:
@@ -111,10 +129,33 @@ class Members:
         """The member whose identity key has this `key_id`, or None."""
         return next((member for member in self.all() if member.key.key_id == key_id), None)
 
+    def has_retired(self, key_id: str) -> bool:
+        """Whether this was the identity key of a member that has another one now."""
+        keys = [PublicKey.from_hex(old["identity_key"]) for member in self.all() for old in member.retired]
+        return key_id in {key.key_id for key in keys}
+
+    def keys(self) -> set[str]:
+        """Every identity and log key that is or was a member's, hex."""
+        parties = [keys for member in self.all() for keys in member.in_root.generations()]
+        return {key for party in parties for key in (party.identity_key, party.log_key)}
+
     def put(self, member: Member) -> None:
         """Add or replace a member. Raises StorageError."""
         with self._file.locked():
             self._file.write({**self._file.read(), member.domain: asdict(member)})
+
+    def rotate(self, keys: ShoreKeys, *, ledger_size: int) -> None:
+        """From now on `keys` are this member's. Raises StorageError."""
+        member = self.get(keys.shore)
+        if member is not None:
+            self.put(
+                replace(
+                    member,
+                    identity_key=keys.identity_key,
+                    log_key=keys.log_key,
+                    retired=member.retiring(ledger_size),
+                )
+            )
 
     def revoke(self, domain: str, *, ledger_size: int) -> None:
         """Refuse everything from this domain from now on. What stands in the ledger before stays valid.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.ledger import Crossing
-from common.roots import LIFETIME_S, Party, Root, RootMember, SignedRoot
+from common.roots import LIFETIME_S, Party, Root, SignedRoot
 from common.signing import SigningKey
 from common.witness.card import witnesses_of
 from common.witness.client import ask_witnesses
@@ -80,18 +80,6 @@ def _is_due(root: Root, home: ServerHome, now_s: int) -> bool:
 
 
 def _wanted(home: ServerHome, root_keys: tuple[str, ...], version: int, created_s: int) -> Root:
-    members = (
-        RootMember(
-            domain=member.domain,
-            pseudonym=member.pseudonym,
-            identity_key=member.identity_key,
-            log_key=member.log_key,
-            certificate_fingerprint=member.certificate_fingerprint,
-            revoked_s=member.revoked_s,
-            revoked_size=member.revoked_size,
-        )
-        for member in home.members.all()
-    )
     return Root(
         version=version,
         created_s=created_s,
@@ -100,5 +88,5 @@ def _wanted(home: ServerHome, root_keys: tuple[str, ...], version: int, created_
         root_keys=root_keys,
         server=Party(identity_key=home.identity.public.hex, log_key=home.log_signer.key.public.hex),
         witnesses=tuple(card.in_root for card in witnesses_of(home.path)),
-        members=tuple(sorted(members, key=lambda member: member.domain)),
+        members=tuple(member.in_root for member in home.members.all()),
     )

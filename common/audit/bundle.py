@@ -6,6 +6,7 @@
     parcels/<digest>.dsse          headers in their envelopes, named by the envelope's SHA-256
     receipts/<digest>.dsse         receipts
     checkpoints/<digest>.note      cosigned checkpoints of any ledger, whoever kept them
+    rotations/<digest>.json        changes of keys
     payloads/<digest>              payloads, where they were asked for, named by their SHA-256
 
 Every shore exports its own part (`isthmus audit bundle HOME --out DIR`); into the same folder they become one
@@ -70,14 +71,18 @@ class Bundle:
         path = self.path / "payloads" / digest
         return path if re.fullmatch(DIGEST_PATTERN, digest) and path.is_file() else None
 
+    def rotation(self, digest: str) -> bytes | None:
+        """The change of keys with this SHA-256, or None."""
+        return self._read("rotations", digest, "json")
+
     def notes(self) -> list[str]:
         """Every cosigned checkpoint, as text."""
         paths = sorted((self.path / "checkpoints").glob("*.note"))
         return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
-    def _read(self, kind: str, digest: str) -> bytes | None:
+    def _read(self, kind: str, digest: str, suffix: str = "dsse") -> bytes | None:
         try:
-            data = (self.path / kind / f"{digest}.dsse").read_bytes()
+            data = (self.path / kind / f"{digest}.{suffix}").read_bytes()
         except FileNotFoundError:
             return None
         return data if sha256_bytes(data) == digest else None
@@ -101,6 +106,11 @@ class Bundle:
         """Add receipts. Raises StorageError."""
         for receipt in receipts:
             write_atomic(self.path / "receipts" / f"{sha256_bytes(receipt)}.dsse", receipt)
+
+    def put_rotations(self, rotations: Iterable[bytes]) -> None:
+        """Add changes of keys. Raises StorageError."""
+        for data in rotations:
+            write_atomic(self.path / "rotations" / f"{sha256_bytes(data)}.json", data)
 
     def put_notes(self, notes: Iterable[str]) -> None:
         """Add cosigned checkpoints. Raises StorageError."""

@@ -16,9 +16,9 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
@@ -28,8 +28,10 @@ from common.ledger import LINE_BYTES, Crossing, lines, walk
 from common.notes import Checkpoint, Note
 from common.parcels import EVERYONE, SERVER, Header, Kind, Privacy, Receipt
 from common.payloads import check_tensors, inspect
-from common.roots import Party, Root, RootMember, log_verifier
-from common.statements import TreeHead
+from common.roots import Party, RetiredKeys, Root, RootMember, log_verifiers
+from common.rotation import Rotation
+from common.signing import Sealed
+from common.statements import Statement, TreeHead
 
 FROM_A_DOMAIN = frozenset({Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS})
 FROM_THE_SERVER = frozenset({Kind.CANDIDATE, Kind.UNIVERSAL_MODEL, Kind.REVOCATION})
@@ -38,6 +40,7 @@ LIMITS = (
     "what a task vector or a metric says about the data behind it: neither is anonymous",
     "what control messages said: they are recorded by digest and size",
 )
+S = TypeVar("S", bound=Statement)
 Progress = Callable[[str, int, int], None]
 
 
@@ -115,6 +118,14 @@ class AuditReport:
         return not self.all_findings
 
 
+class _Parcel(NamedTuple):
+    """A verified header, the size of its envelope, and the keys of its sender that signed it."""
+
+    header: Header
+    envelope_bytes: int
+    keys: Party
+
+
 @dataclass
 class _Log:
     """A ledger as it was read: entries up to the first damaged one, and the tree over them."""
@@ -146,9 +157,14 @@ class _Audit:
     def __init__(self, bundle: Bundle, root: Root, on_step: Progress) -> None:
         self._bundle, self._root, self._on_step = bundle, root, on_step
         self._parties = root.parties()
+        self._logs = {
+            log.name: (shore, log)
+            for shore, party in self._parties.items()
+            for log in log_verifiers(shore, party)
+        }
         self._witnesses = {witness.peer for witness in root.witnesses}
         self._findings: list[Finding] = []
-        self._parcels: dict[str, tuple[Header, int]] = {}  # verified, and the size of the envelope
+        self._parcels: dict[str, _Parcel] = {}  # verified
         self._receipts: dict[str, Receipt] = {}
         self._heads: dict[str, list[TreeHead]] = defaultdict(list)  # signed by each shore about itself
         self._payloads: dict[str, str] = {}
@@ -183,7 +199,7 @@ class _Audit:
                 len(log.crossings),
                 log.tree.root().hex(),
                 log.covered,
-                log_verifier(log.shore, log.party).name,
+                log_verifiers(log.shore, log.party)[0].name,
                 log.cosigned,
             )
             for log in logs.values()
@@ -214,12 +230,22 @@ class _Audit:
             self._find(log.shore, -1, "no-checkpoint", "the ledger has no signed checkpoint")
             return
         try:
-            checkpoint = Checkpoint.open(note, log_verifier(log.shore, log.party))
+            shore, checkpoint = self._opened_checkpoint(note)
+            if shore != log.shore:
+                raise LedgerError(f"the checkpoint is of the ledger of {shore}")
         except IsthmusError as err:
             self._find(log.shore, -1, "checkpoint", err.message)
             return
         if self._is_of(log, checkpoint):
             log.covered = max(log.covered, checkpoint.size)
+
+    def _opened_checkpoint(self, note: str) -> tuple[str, Checkpoint]:
+        """Whose ledger it is of, by today's log key or an earlier one. Raises LedgerError, SignatureError."""
+        origin = Checkpoint.read(Note.parse(note).text).origin
+        if origin not in self._logs:
+            raise LedgerError("a checkpoint of a log that is not in the root file")
+        shore, verifier = self._logs[origin]
+        return shore, Checkpoint.open(note, verifier)
 
     def _is_of(self, log: _Log, checkpoint: Checkpoint) -> bool:
         """Whether `log` is, or has grown from, what its owner signed; if not, that is a finding."""
@@ -236,25 +262,20 @@ class _Audit:
 
     def _check_notes(self, logs: dict[str, _Log]) -> None:
         """Cosigned checkpoints, whoever kept them, must be of the ledgers in the bundle."""
-        own = {shore: log_verifier(shore, party) for shore, party in self._parties.items()}
-        shores = {verifier.name: shore for shore, verifier in own.items()}
-        others = {witness.peer: witness.verifier for witness in self._root.witnesses}
+        cosigners = [(shore, verifier) for shore, verifier in self._logs.values()]
+        cosigners += [(witness.peer, witness.verifier) for witness in self._root.witnesses]
         for text in self._bundle.notes():
             try:
-                note = Note.parse(text)
-                shore = shores.get(Checkpoint.read(note.text).origin, "")
-                if not shore:
-                    raise LedgerError("a checkpoint of a log that is not in the root file")
-                checkpoint = Checkpoint.open(text, own[shore])
+                shore, checkpoint = self._opened_checkpoint(text)
             except IsthmusError as err:
                 self._find("bundle", -1, "checkpoint", err.message)
                 continue
             log = logs.get(shore)
             if log is None or not self._is_of(log, checkpoint):
                 continue
-            for name, verifier in {**own, **others}.items():
+            for name, verifier in cosigners:
                 with contextlib.suppress(SignatureError):
-                    seen = Cosigned(checkpoint.size, note.cosigned_by(verifier))
+                    seen = Cosigned(checkpoint.size, Note.parse(text).cosigned_by(verifier))
                     log.cosigned[name] = max(log.cosigned.get(name, seen), seen, key=lambda one: one.size)
 
     def _check_witnessed(self, log: _Log) -> None:
@@ -293,6 +314,8 @@ class _Audit:
                 )
         elif crossing.type == "parcel":
             self._check_parcel(log, index, crossing)
+        elif crossing.type == "keys":
+            self._check_rotation(log, index, crossing)
         elif crossing.type == "receipt":
             self._check_receipt(log, index, crossing)
 
@@ -302,7 +325,7 @@ class _Audit:
             return  # refused: nothing of it was taken, and what was offered need not be a parcel at all
         sender, receiver = (log.shore, crossing.peer) if outgoing else (crossing.peer, log.shore)
         try:
-            header, envelope_bytes = self._parcel(crossing.digest, sender)
+            header, envelope_bytes, keys = self._parcel(crossing.digest, sender)
         except IsthmusError as err:
             self._find(log.shore, index, "header", err.message)
             return
@@ -334,10 +357,12 @@ class _Audit:
         party = self._parties[sender]
         if not outgoing and isinstance(party, RootMember) and party.revoked_s and index >= party.revoked_size:
             self._find(log.shore, index, "revoked", f"accepted from {sender} after it was revoked")
+        if not outgoing and isinstance(keys, RetiredKeys) and index >= keys.size:
+            self._find(log.shore, index, "rotated", f"accepted under a key that {sender} had replaced")
         self._check_payload(log.shore, index, header)
 
-    def _parcel(self, digest: str, sender: str) -> tuple[Header, int]:
-        """The verified header and its envelope's size; its tree head is taken note of, once.
+    def _parcel(self, digest: str, sender: str) -> _Parcel:
+        """The verified header and what goes with it; its tree head is taken note of, once.
 
         Raises LedgerError (it is not in the bundle), SignatureError or ParcelError.
         """
@@ -345,10 +370,32 @@ class _Audit:
             envelope = self._bundle.envelope(digest)
             if envelope is None:
                 raise LedgerError("its signed header is not in the bundle")
-            header = Header.open(envelope, self._parties[sender].identity)
-            self._parcels[digest] = (header, len(envelope))
+            header, keys = self._opened(Header, envelope, sender)
+            self._parcels[digest] = _Parcel(header, len(envelope), keys)
             self._heads[sender].append(header.checkpoint)
         return self._parcels[digest]
+
+    def _opened(self, what: type[S], envelope: bytes, signer: str) -> tuple[S, Party]:
+        """A statement by `signer`, and those of its keys, today's or earlier ones, that signed it."""
+        sealed = Sealed.parse(envelope)
+        keys = self._parties[signer].keys_of(sealed.key_id)
+        return what.open(sealed, keys.identity), keys
+
+    def _check_rotation(self, log: _Log, index: int, crossing: Crossing) -> None:
+        """The new keys and the replaced ones follow each other in the root file."""
+        domain = log.shore if crossing.direction == "out" else crossing.peer
+        party = self._parties[domain]
+        try:
+            data = self._bundle.rotation(crossing.digest)
+            if data is None:
+                raise LedgerError("it is not in the bundle")
+            keys = Rotation.open(data).keys
+            known = [(one.identity_key, one.log_key) for one in party.generations()]
+            followed = [(new, old[0]) for new, old in pairwise(known)]
+            if keys.shore != domain or ((keys.identity_key, keys.log_key), keys.replaces) not in followed:
+                raise LedgerError("in the root file these keys do not follow the ones that they replace")
+        except IsthmusError as err:
+            self._find(log.shore, index, "keys", err.message)
 
     def _check_payload(self, shore: str, index: int, header: Header) -> None:
         if header.payload_digest not in self._payloads:
@@ -381,7 +428,7 @@ class _Audit:
             self._find(log.shore, index, "receipt", "it is not in the bundle")
             return
         try:
-            receipt = Receipt.open(envelope, self._parties[giver].identity)
+            receipt, _ = self._opened(Receipt, envelope, giver)
             if (receipt.sender, receipt.receiver) != (taker, giver):
                 raise LedgerError(f"the receipt is by {receipt.receiver} for {receipt.sender}")
             if crossing.size_bytes != len(envelope):
@@ -396,7 +443,7 @@ class _Audit:
     def _check_receipt_against_parcel(self, receipt: Receipt) -> None:
         if receipt.verdict == "refused" and self._bundle.envelope(receipt.parcel_digest) is None:
             return  # the server keeps no header of what it refused; the domain's outbox has it
-        header, envelope_bytes = self._parcel(receipt.parcel_digest, receipt.sender)
+        header, envelope_bytes, _ = self._parcel(receipt.parcel_digest, receipt.sender)
         receipt.check_matches(receipt.parcel_digest, header)
         receipt.check_entry(envelope_bytes, header.payload_bytes)
 
@@ -455,8 +502,9 @@ class _Audit:
             tally = tallies.setdefault(name, Tally())
             tally.count += 1
             tally.bytes += crossing.size_bytes
-            header, _ = self._parcels.get(crossing.digest, (None, 0))
-            if sent and header is not None and header.privacy != Privacy():
+            parcel = self._parcels.get(crossing.digest)
+            if sent and parcel is not None and parcel.header.privacy != Privacy():
+                header = parcel.header
                 report.privacy.append(
                     {"run": header.run, "kind": header.kind.value, **header.privacy.model_dump()}
                 )
@@ -482,7 +530,7 @@ class _Audit:
                     self._find(
                         taker.shore, index, "never-sent", f"{giver.shore}'s ledger never gave this receipt"
                     )
-            for type_ in ("message", "checkpoint"):
+            for type_ in ("message", "checkpoint", "keys"):
                 spoken = Counter(crossing.digest for _, crossing in giver.at(type_, "out", taker.shore))
                 for index, crossing in taker.at(type_, "in", giver.shore):
                     spoken[crossing.digest] -= 1

@@ -55,6 +55,11 @@ class ExchangeStub:
                 request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusRequest.SerializeToString,
                 response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.Rotate = channel.unary_unary(
+                '/isthmus.exchange.v1.Exchange/Rotate',
+                request_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateRequest.SerializeToString,
+                response_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateReply.FromString,
+                _registered_method=True)
 
 
 class ExchangeServicer:
@@ -88,6 +93,13 @@ class ExchangeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rotate(self, request, context):
+        """The caller's own new keys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExchangeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +122,11 @@ def add_ExchangeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusRequest.FromString,
                     response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusReply.SerializeToString,
+            ),
+            'Rotate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rotate,
+                    request_deserializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateRequest.FromString,
+                    response_serializer=isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +238,33 @@ class Exchange:
             '/isthmus.exchange.v1.Exchange/Status',
             isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusRequest.SerializeToString,
             isthmus_dot_exchange_dot_v1_dot_exchange__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.exchange.v1.Exchange/Rotate',
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateRequest.SerializeToString,
+            isthmus_dot_exchange_dot_v1_dot_exchange__pb2.RotateReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -23,7 +23,7 @@ from common.cosigning import Cosigner
 from common.errors import ConfigError, RefusedError
 from common.files import write_atomic
 from common.notes import Note, Signer, Verifier
-from common.roots import SignedRoot, log_verifier
+from common.roots import SignedRoot, log_verifiers
 from common.signing import SigningKey
 from common.statements import WITNESS_PATTERN
 from common.tls import TlsFiles
@@ -108,12 +108,12 @@ class WitnessHome:
             signed.save(self.path / "root.json")
             return signed.root.version
 
-    def find_log(self, origin: str) -> tuple[str, Verifier]:
+    def find_log(self, origin: str) -> tuple[str, list[Verifier]]:
         """Whose log this is. Raises RefusedError (`unknown-log`) when it is nobody's in the root file."""
         for shore, party in self.root.root.parties().items():
-            verifier = log_verifier(shore, party)
-            if verifier.name == origin:
-                return shore, verifier
+            logs = log_verifiers(shore, party)
+            if logs[0].name == origin:
+                return shore, logs
         raise RefusedError("no log of this origin in the root file", reason="unknown-log")
 
     def notes(self) -> dict[str, Note]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.cosigning import Cosigner, StaleError
@@ -11,16 +11,16 @@ from common.notes import Checkpoint, Note, Verifier
 from common.wire import exchange_pb2 as pb
 from common.wire.serving import no_text
 
-FindLog = Callable[[str], tuple[str, Verifier]]
-"""Shore and verifier of the log with this origin. Raises RefusedError."""
+FindLog = Callable[[str], tuple[str, Sequence[Verifier]]]
+"""Whose log has this origin: shore, and verifiers of its key and its earlier ones. Raises RefusedError."""
 
 
 def add_checkpoint(cosigner: Cosigner, find_log: FindLog, request: Any) -> Any:
     """The reply to `AddCheckpoint`."""
     try:
         origin = Checkpoint.read(Note.parse(request.note).text).origin
-        shore, log = find_log(origin)
-        note = cosigner.cosign(shore, log, request.note, request.old_size, list(request.proof))
+        shore, logs = find_log(origin)
+        note = cosigner.cosign(shore, logs, request.note, request.old_size, list(request.proof))
     except StaleError as err:
         return pb.AddCheckpointReply(known_size=err.known_size)
     except RefusedError as err:

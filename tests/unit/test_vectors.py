@@ -104,7 +104,7 @@ def test_checkpoint_and_cosignature(vectors: dict[str, Any]) -> None:
     assert signed[:4] == _sha256(origin.encode() + b"\n\x01" + log)[:4]
     _public(vectors, "server log").verify(signed[4:], f"{body}\n".encode())
     witness = bytes.fromhex(vectors["keys"]["witness"]["public"])
-    assert cosigned[:4] == _sha256(b"witness.example/w1\n\x04" + witness)[:4]
+    assert cosigned[:4] == _sha256(b"w1.witness.example\n\x04" + witness)[:4]
     time_s = int.from_bytes(cosigned[4:12], "big")
     _public(vectors, "witness").verify(cosigned[12:], f"cosignature/v1\ntime {time_s}\n{body}\n".encode())
     key = PublicKey.from_hex(log.hex())

@@ -33,38 +33,38 @@ def cosigner(tmp_path: Path) -> Cosigner:
 
 def test_a_log_that_grows_is_cosigned(cosigner: Cosigner, tmp_path: Path) -> None:
     assert cosigner.latest("toys", LOG_KEY).size == 0
-    first = cosigner.cosign("toys", LOG_KEY, _note(_tree(3)), 0, [])
+    first = cosigner.cosign("toys", [LOG_KEY], _note(_tree(3)), 0, [])
     assert first.cosigned_by(OWN_KEY) == 1700000000
     again = Cosigner(tmp_path, OWN)
     assert again.latest("toys", LOG_KEY).size == 3
     grown = _tree(8)
-    again.cosign("toys", LOG_KEY, _note(grown), 3, grown.consistency(3))
-    again.cosign("toys", LOG_KEY, _note(grown), 8, [])  # the same once more, with a new date
+    again.cosign("toys", [LOG_KEY], _note(grown), 3, grown.consistency(3))
+    again.cosign("toys", [LOG_KEY], _note(grown), 8, [])  # the same once more, with a new date
     assert again.latest("toys", LOG_KEY) == Checkpoint(LOG.name, 8, grown.root())
 
 
 def test_another_history_is_not(cosigner: Cosigner) -> None:
-    cosigner.cosign("toys", LOG_KEY, _note(_tree(3)), 0, [])
+    cosigner.cosign("toys", [LOG_KEY], _note(_tree(3)), 0, [])
     other = _tree(8, b"other")
     with pytest.raises(ProofError):
-        cosigner.cosign("toys", LOG_KEY, _note(other), 3, other.consistency(3))
+        cosigner.cosign("toys", [LOG_KEY], _note(other), 3, other.consistency(3))
     with pytest.raises(ProofError):
-        cosigner.cosign("toys", LOG_KEY, _note(_tree(3, b"other")), 3, [])
+        cosigner.cosign("toys", [LOG_KEY], _note(_tree(3, b"other")), 3, [])
     for old_size in (0, 2, 8):
         with pytest.raises(StaleError) as caught:
-            cosigner.cosign("toys", LOG_KEY, _note(other), old_size, other.consistency(old_size))
+            cosigner.cosign("toys", [LOG_KEY], _note(other), old_size, other.consistency(old_size))
         assert caught.value.known_size == 3
     with pytest.raises(StaleError):
-        cosigner.cosign("toys", LOG_KEY, _note(_tree(2)), 3, [])
+        cosigner.cosign("toys", [LOG_KEY], _note(_tree(2)), 3, [])
     assert cosigner.latest("toys", LOG_KEY).root == _tree(3).root()
 
 
 def test_only_the_logs_own_key_counts(cosigner: Cosigner) -> None:
     stranger = Signer(LOG.name, SigningKey(b"s" * 32))
     with pytest.raises(SignatureError):
-        cosigner.cosign("toys", LOG_KEY, _note(_tree(3), stranger), 0, [])
+        cosigner.cosign("toys", [LOG_KEY], _note(_tree(3), stranger), 0, [])
     with pytest.raises(SignatureError):
-        cosigner.cosign("toys", LOG_KEY, _note(_tree(3), OWN), 0, [])
+        cosigner.cosign("toys", [LOG_KEY], _note(_tree(3), OWN), 0, [])
     assert cosigner.latest("toys", LOG_KEY).size == 0
 
 
@@ -72,12 +72,12 @@ def test_lines_of_others_are_not_kept(cosigner: Cosigner) -> None:
     crowded = Note.parse(_note(_tree(3)))
     for number in range(15):
         crowded = crowded.with_cosignature(Signer(f"w{number}", SigningKey(b"x" * 32)), time_s=1)
-    assert len(cosigner.cosign("toys", LOG_KEY, str(crowded), 0, []).signatures) == 2
+    assert len(cosigner.cosign("toys", [LOG_KEY], str(crowded), 0, []).signatures) == 2
 
 
 def test_what_was_kept_is_not_forgotten_quietly(cosigner: Cosigner, tmp_path: Path) -> None:
-    cosigner.cosign("toys", LOG_KEY, _note(_tree(3)), 0, [])
+    cosigner.cosign("toys", [LOG_KEY], _note(_tree(3)), 0, [])
     for damaged in (b"", b"\xff", _note(_tree(3)).encode()):  # the last: never cosigned here
         (tmp_path / "toys").write_bytes(damaged)
         with pytest.raises(LedgerError, match="toys"):
-            cosigner.cosign("toys", LOG_KEY, _note(_tree(8)), 0, [])
+            cosigner.cosign("toys", [LOG_KEY], _note(_tree(8)), 0, [])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common import canonical
 from common.errors import ParcelError, SignatureError
-from common.roots import Party, Root, RootMember, SignedRoot, Witness, log_origin, log_verifier
+from common.roots import Party, Root, RootMember, SignedRoot, Witness, log_origin, log_verifiers
 from common.signing import SigningKey
 
 KEYS = sorted((SigningKey(bytes([n]) * 32) for n in (1, 2, 3)), key=lambda key: key.public.hex)
@@ -146,7 +146,7 @@ def test_no_changed_byte_is_accepted(place: int, mask: int) -> None:
 
 def test_origins_follow_from_keys() -> None:
     root = _root()
-    verifier = log_verifier("toys", root.members[0])
+    verifier = log_verifiers("toys", root.members[0])[0]
     assert verifier.name == log_origin("toys", verifier.key)
     assert verifier.name.startswith("isthmus/toys/")
-    assert log_verifier("server", root.server).name != verifier.name
+    assert log_verifiers("server", root.server)[0].name != verifier.name
