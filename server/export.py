@@ -7,7 +7,7 @@ from pathlib import Path
 from common.audit.bundle import Bundle
 from common.parcels import SERVER
 from server.home import ServerHome
-from server.roots import newest_root
+from server.roots import current_root
 
 
 def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
@@ -16,7 +16,7 @@ def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
     Raises ConfigError (no home, no root key), LedgerError (damaged ledger), StorageError.
     """
     home = ServerHome(path)
-    bundle.put_root(newest_root(home).encode())
+    bundle.put_root(current_root(home).encode())
     bundle.put_ledger(SERVER, home.ledger, home.log_signer)
     bundle.put_notes(home.notes())
     bundle.put_rotations(home.rotations())

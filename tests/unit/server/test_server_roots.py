@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.errors import ConfigError, SignatureError
+from common.errors import ConfigError, ParcelError, SignatureError
 from common.roots import SignedRoot
 from common.signing import SigningKey
 from server.cli import app, create_home
 from server.home import ServerHome
 from server.members import Member
-from server.roots import newest_root, root_path
+from server.root_cli import app as root_app
+from server.roots import current_root, draft_root, install_root, newest_root, root_path
 
 DATA = {
     "name": "test",
@@ -81,3 +82,63 @@ def test_revoke_and_root_from_the_command_line(home: ServerHome, tmp_path: Path)
     assert "version 2" in run(app, ["root", *at]).output
     assert "revoked" in run(app, ["status", *at]).output
     assert SignedRoot.load(tmp_path / "root.json").root.version == 1
+
+
+def test_two_of_three_sign(home: ServerHome, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(root_app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return str(result.output)
+
+    newest_root(home)
+    at, draft = ("--home", str(home.path)), str(tmp_path / "draft.json")
+    own = home.keys / "root.key"
+    names = []
+    for name in ("b", "c"):
+        assert "next: isthmus root draft" in run("key", str(tmp_path / name))
+        names += ["--root-key", SigningKey.load(tmp_path / name).public.hex]
+    names += ["--root-key", SigningKey.load(own).public.hex]
+    run("draft", "--out", draft, *at, *names, "--threshold", "2")
+    run("sign", draft, "--key", str(tmp_path / "b"))
+    with pytest.raises(SignatureError, match="1 of 2"):
+        install_root(home, SignedRoot.parse(Path(draft).read_bytes()))
+    run("sign", draft, "--key", str(tmp_path / "c"))
+    with pytest.raises(SignatureError, match="0 of 1"):  # nobody of the version before agreed
+        install_root(home, SignedRoot.parse(Path(draft).read_bytes()))
+    run("sign", draft, "--key", str(own))
+    assert "version 2" in run("install", draft, *at)
+    assert "2 of 3 must sign" in run("show", str(root_path(home)))
+    _join(home, "toys", 1)
+    with pytest.raises(ConfigError, match="2 root keys must sign"):
+        newest_root(home)
+    assert current_root(home).root.version == 2
+    run("draft", "--out", draft, *at)
+    run("sign", draft, "--key", str(tmp_path / "b"))
+    run("sign", draft, "--key", str(tmp_path / "c"))
+    run("install", draft, *at)
+    assert newest_root(home).root.members[0].domain == "toys"
+    with pytest.raises(ParcelError, match="does not follow"):  # nor is an old one taken back
+        install_root(home, SignedRoot.load(home.path / "roots" / "2.json"))
+
+
+def test_a_draft_is_of_today(home: ServerHome) -> None:
+    newest_root(home)
+    signer = SigningKey.load(home.keys / "root.key")
+    stale = draft_root(home).with_signatures([signer])
+    _join(home, "toys", 1)
+    with pytest.raises(ConfigError, match="have changed"):
+        install_root(home, stale)
+    expired = draft_root(home).root.model_copy(update={"expires_s": 1})
+    with pytest.raises(ParcelError, match="expired"):
+        install_root(home, SignedRoot.sign(expired, [signer]))
+
+
+def test_impossible_drafts(home: ServerHome) -> None:
+    with pytest.raises(ConfigError, match="threshold"):
+        draft_root(home)
+    newest_root(home)
+    with pytest.raises(ConfigError, match="threshold"):
+        draft_root(home, threshold=2)
+    for wrong in ("xyz", home.identity.public.hex):
+        with pytest.raises(ConfigError, match="no root file"):
+            draft_root(home, [wrong])
