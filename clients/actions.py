@@ -21,10 +21,11 @@ from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
 from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
+from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
-from common.errors import BaseMismatchError
+from common.errors import BaseMismatchError, PolicyError
 from common.files import sha256_bytes, write_atomic
 from common.models.base import model_digest, resolve_base, trainable_tensors
 from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
@@ -58,7 +59,12 @@ class Actions:
             return
         base = resolve_base(self._home.config.base)
         self._check_base(order, base)
-        self._home.gate.agree(order.run, order.base_digest, trainable_tensors(base), labels_of(order.config))
+        tensors = trainable_tensors(base)
+        if order.action == CONTRIBUTE:
+            self._home.policy.check_run(order.config, tensors)
+            if self._home.policy.require_isolation and not isolation.possible():
+                raise PolicyError(isolation.IMPOSSIBLE, next_step=isolation.IMPOSSIBLE_STEP)
+        self._home.gate.agree(order.run, order.base_digest, tensors, labels_of(order.config))
         self._home.journal.put(key, fact)
         step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
         step(order, base)
@@ -84,6 +90,7 @@ class Actions:
             "batch_size": order.config.training.batch_size,
             "items": len(domain.item_ids),
             "users_bucket": bucket(len(domain.user_ids)),
+            "isolated": int(result["isolated"]),
         }
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
@@ -101,9 +108,7 @@ class Actions:
             "interactions_bucket": bucket(domain.interactions),
             "synthetic": int(domain.synthetic),
         }
-        allowed = {
-            name: value for name, value in card.items() if name in self._home.config.policy.card_fields
-        }
+        allowed = {name: value for name, value in card.items() if name in self._home.policy.card_fields}
         write_atomic(work / "card.json", encode_values(allowed))
         self._send(order, Kind.DOMAIN_CARD, work / "card.json", Codec.JSON, {})
         self._send(order, Kind.CATALOG, catalog, Codec.PARQUET, {})
@@ -182,8 +187,13 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
+            home=str(self._home.path),
+            require_isolation=self._home.policy.require_isolation,
         )
-        return run_job(job)
+        result = run_job(job)
+        if not result["isolated"]:
+            log.warning("the trainer could have reached the network and the keys: see client policy explain")
+        return result
 
     def _limited(self, config: RunConfig) -> RunConfig:
         """The run's configuration under the owner's own limit of training time."""
@@ -197,7 +207,7 @@ class Actions:
 
     def _send_metrics(self, order: Order, result: Mapping[str, Any]) -> None:
         """The aggregates that the owner allowed; none when too few users are behind them."""
-        policy = self._home.config.policy
+        policy = self._home.policy
         evaluations = result["evaluations"]
         values = {
             f"{label}/{metric}": value
@@ -214,7 +224,7 @@ class Actions:
         self._send(order, Kind.METRICS, path, Codec.JSON, {"users_bucket": users})
 
     def _send(self, order: Order, kind: Kind, payload: Path, codec: Codec, facts: Mapping[str, int]) -> None:
-        allowed = self._home.config.policy.training_facts
+        allowed = self._home.policy.training_facts
         header = draft(
             payload,
             kind=kind,

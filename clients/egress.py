@@ -26,37 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
+from clients.policy import EgressPolicy
 from common.catalog import Catalog
-from common.config import Frozen
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, StorageError
 from common.files import copy_hashed, sha256_bytes, sha256_file, write_atomic
 from common.ledger import Crossing, Journal, Ledger
-from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
+from common.parcels import SERVER, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
 from common.signing import PublicKey, SigningKey
 from common.statements import CODE_PATTERN
 
 _CODE = re.compile(CODE_PATTERN)
 ReplyValue = str | int | float
-
-
-class EgressPolicy(Frozen):
-    """What this owner lets out. Defaults are what a run needs and no more."""
-
-    kinds: tuple[Kind, ...] = (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS)
-    codecs: tuple[Codec, ...] = (Codec.BF16, Codec.FP32, Codec.PARQUET, Codec.JSON)
-    training_facts: tuple[str, ...] = ("batch_size", "items", "seconds", "steps", "users_bucket")
-    card_fields: tuple[str, ...] = ("interactions_bucket", "items", "synthetic", "users_bucket")
-    metrics: tuple[str, ...] = ("recall@10", "ndcg@10")
-    reply_fields: tuple[str, ...] = ("code", "parcel", "receipt", "round", "run", "status")
-    min_users: int = Field(50, ge=1, description="fewer users behind a metric: it stays here")
-    max_norm: float = Field(1000.0, gt=0, description="L2 norm of a task vector, all tensors together")
-    max_row_gap: float = Field(10.0, gt=1, description="see common.tensorfile.TensorReading.row_gap")
-    max_payload_bytes: int = Field(4 << 30, ge=1)
-    max_run_bytes: int = Field(8 << 30, ge=1, description="payload bytes in one run")
-    max_run_parcels: int = Field(32, ge=1, description="parcels in one run")
 
 
 @dataclass(frozen=True)
@@ -189,6 +170,7 @@ class EgressGate:
                 if fact.is_table:
                     raise GateError(f"tensor {fact.name}: an embedding table never leaves")
             check_table(header, agreement.tensors)
+            policy.check_tensors({fact.name: fact.shape for fact in header.tensors})
 
     def _check_payload(self, header: Header, copy: Path) -> None:
         facts = inspect(copy, header)

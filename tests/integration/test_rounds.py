@@ -18,7 +18,7 @@ from localgrid import KilledError, LocalFederation, LocalGrid, call_owner, pico_
 
 from clients.actions import Actions
 from clients.data.domain import Domain
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from clients.runner import finish_left_behind
 from clients.serving import current
 from common.errors import FederationError, IsthmusError
@@ -374,6 +374,19 @@ def test_another_base_model_is_refused_by_its_code(
     with pytest.raises(FederationError, match="base-mismatch"):
         execute(federation.grid(), federation.server(), run)
     assert federation.jobs == []
+
+
+def test_what_the_owners_policy_forbids_is_refused_before_any_work(federation: LocalFederation) -> None:
+    run, policy = federation.run(), federation.path("toys") / "policy.toml"
+    before = policy.read_text()
+    policy.write_text(before.replace("deny_tensors = []", 'deny_tensors = ["*.bias"]'))
+    try:
+        with pytest.raises(FederationError, match=r"toys: policy"):
+            execute(federation.grid(), federation.server(), run)
+    finally:
+        policy.write_text(before)
+    assert ("toys", "fit") not in federation.jobs
+    assert not [sent for sent in federation.delivered(run) if sent[0] == "toys"]
 
 
 def order_to(domain: str, federation: LocalFederation, **changes: Any) -> Order:

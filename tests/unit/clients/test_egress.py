@@ -7,7 +7,7 @@ import pytest
 from crossing import BASE, RUN, TENSORS, Owner, Shore, make_catalog, make_metrics, make_vector
 from safetensors.numpy import save_file
 
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from common.config import validate
 from common.errors import ConfigError, GateError
 from common.parcels import Codec, Header, Kind
@@ -69,6 +69,12 @@ def test_tensor_rules(toys: Owner, tmp_path: Path) -> None:
     assert "missing" in _refused(toys, make_vector(tmp_path / "y", tensors={"layer.bias": (4,)}))
     assert "shape" in _refused(toys, make_vector(tmp_path / "z", tensors={**TENSORS, "layer.weight": (4, 8)}))
     assert "dtype" in _refused(toys, make_vector(tmp_path / "v"), codec=Codec.BF16)
+
+
+def test_the_policys_own_tensor_rules(tmp_path: Path) -> None:
+    policy = EgressPolicy(deny_tensors=("layer.* 8x4",))
+    toys = Owner(tmp_path / "toys", Shore(tmp_path / "server"), policy=policy)
+    assert "layer.weight [8, 4] may not leave" in _refused(toys, make_vector(tmp_path / "v"))
 
 
 def test_value_rules(toys: Owner, tmp_path: Path) -> None:
