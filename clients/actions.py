@@ -237,7 +237,7 @@ class Actions:
             training={name: value for name, value in facts.items() if name in allowed},
         )
         parcel = self._home.gate.release(header, payload)
-        size, before = header.payload_bytes, self._sent_bytes
+        size, before = parcel.header.payload_bytes, self._sent_bytes
 
         def across(done: int) -> None:
             self._sent_bytes = before + done
