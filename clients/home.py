@@ -2,9 +2,10 @@
 
 client.toml     what the owner decides: data, base model, approved app bundles
 policy.toml     what may leave
-keys/           identity and log (Ed25519), TLS key and certificate, Flower node key; they never leave
+keys/           identity and log (Ed25519), TLS keys and certificates, Flower node key; they never leave
 ledger.jsonl    every crossing;  checkpoint  what it was at least, signed
 journal.jsonl   what was done, so that nothing is done twice
+wire.jsonl      what Flower said to the server: see clients.wire_gate
 work/fits/      fine-tunings: checkpoints, vector, model
 work/<run>/     evaluations and per-user results of one run;  work/status.json  what it is doing now
 outbox/         parcels as they were sent
@@ -52,6 +53,7 @@ class ClientConfig(Frozen):
     base: str = Field(EMBEDDED_BASE, description="the base model: embedded, or a folder")
     approved_fabs: tuple[str, ...] = ()
     supernode_port: int = 19094
+    wire_port: int = Field(0, ge=0, le=65535, description="of the wire gate, on loopback; 0: any free one")
     max_training_minutes: float | None = Field(None, description="the owner's own limit for one fine-tuning")
 
 
