@@ -24,7 +24,7 @@ NEVER = (
 )
 LIMITS = (
     "a task vector says something about the data that it was trained on, and so does a metric",
-    "traffic that does not pass the gate is not seen by it",
+    "traffic that does not pass the gate is not seen by it: a firewall keeps the host to the server's ports",
 )
 _WORDS = {
     Kind.DOMAIN_CARD: "domain card",
@@ -46,7 +46,7 @@ def explanation(home: ClientHome) -> dict[str, Any]:
         "control_channel": {
             "reply_fields": list(policy.reply_fields),
             "values": "codes, digests and whole or rounded numbers; anything else becomes the code `error`",
-            "others": "Flower's keep-alive messages, with nothing of ours in them",
+            "others": "Flower's own messages, each screened by the wire gate: identifiers, numbers and times",
         },
         "never": list(NEVER),
         "at_most_a_run": {"bytes": policy.max_run_bytes, "parcels": policy.max_run_parcels},
