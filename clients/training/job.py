@@ -124,7 +124,7 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
         try:
             if on_start is not None:
                 on_start(process)
-            isolated = _noted(job, isolated=word.read(1) == ISOLATED)
+            isolated = noted(job, isolated=word.read(1) == ISOLATED)
             status = process.wait()
         except BaseException:
             process.kill()
@@ -139,7 +139,7 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
 _PATHS = ("domain", "base", "work", "status", "model", "fits", "home")
 
 
-def _noted(job: Job, *, isolated: bool) -> bool:
+def noted(job: Job, *, isolated: bool) -> bool:
     """Whether all that trained in `fits` was isolated; one that was not leaves a mark there."""
     mark = Path(job.fits or job.work) / "not-isolated"
     if job.mode == "fit" and not isolated:

@@ -376,10 +376,21 @@ def test_another_base_model_is_refused_by_its_code(
     assert federation.jobs == []
 
 
-def test_what_the_owners_policy_forbids_is_refused_before_any_work(federation: LocalFederation) -> None:
+@pytest.mark.parametrize(
+    ("setting", "stricter"),
+    [
+        ("deny_tensors = []", 'deny_tensors = ["*.bias"]'),
+        ("require_isolation = false", "require_isolation = true"),
+    ],
+)
+def test_what_the_owners_policy_forbids_is_refused_before_any_work(
+    federation: LocalFederation, monkeypatch: pytest.MonkeyPatch, setting: str, stricter: str
+) -> None:
     run, policy = federation.run(), federation.path("toys") / "policy.toml"
+    monkeypatch.setattr("clients.training.isolation.possible", lambda: False)
     before = policy.read_text()
-    policy.write_text(before.replace("deny_tensors = []", 'deny_tensors = ["*.bias"]'))
+    assert setting in before
+    policy.write_text(before.replace(setting, stricter))
     try:
         with pytest.raises(FederationError, match=r"toys: policy"):
             execute(federation.grid(), federation.server(), run)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clients.training import isolation
-from clients.training.job import ISOLATED, NOT_ISOLATED, Job
+from clients.training.job import ISOLATED, NOT_ISOLATED, Job, noted
 from common.config import RunConfig
 from common.files import write_atomic
 
@@ -122,6 +122,20 @@ def test_required_and_impossible_is_refused(probe: Callable[..., tuple], tmp_pat
     assert told == NOT_ISOLATED
     assert done == {}
     assert "PolicyError: the policy wants the trainer isolated" in errors
+
+
+def test_one_fine_tuning_that_was_not_isolated_is_remembered(tmp_path: Path) -> None:
+    fits = str(tmp_path / "fits")
+    job = Job(mode="fit", domain="d", base="b", work=str(tmp_path), fits=fits, config=RunConfig())
+    evaluation = job.model_copy(update={"mode": "candidates"})
+    assert noted(job, isolated=True)
+    assert not noted(evaluation, isolated=False)  # that one trains nothing
+    assert noted(job, isolated=True)
+    assert not noted(job, isolated=False)
+    assert not noted(job, isolated=True)  # it may go on from a checkpoint of the one before
+    assert noted(evaluation, isolated=True)
+    (tmp_path / "fits" / "not-isolated").unlink()
+    assert noted(job, isolated=True)
 
 
 def test_another_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
