@@ -16,6 +16,7 @@ seconds, are checked and not written down.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import time
@@ -55,6 +56,7 @@ from common.ledger import AppendOnlyLog, Ledger
 from common.statements import CODE_PATTERN
 from common.tls import TlsFiles, create_ca, issue_server_certificate
 
+log = logging.getLogger(__name__)
 LOG = "wire.jsonl"
 HOST = "127.0.0.1"
 REQUESTS: dict[str, Any] = {
@@ -90,7 +92,8 @@ class WireGate:
         """The bytes to send in the place of `body`. Raises GateError, StorageError."""
         try:
             sent = self._screened(call, body)
-        except GateError:
+        except GateError as err:
+            log.warning("%s was refused: %s", call, err.message)
             self._record(call, body, "refused")
             raise
         if call not in POLLS:
@@ -129,7 +132,7 @@ class WireGate:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             raise GateError("push-messages: one message at a time")
         (message,), (tree,) = request.messages_list, request.message_object_trees
-        if message.HasField("content") or sum(1 for _ in _nodes(tree)) > _OBJECTS:
+        if message.content.ByteSize() or sum(1 for _ in _nodes(tree)) > _OBJECTS:
             raise GateError("push-messages: more than a reply")
         if message.HasField("error") and not _is_code(message.error.reason):
             known_as = message.metadata.message_id
@@ -241,6 +244,7 @@ def public_key(home: ClientHome) -> bytes:
 
 def main(path: str, port: int) -> None:
     """Serve until the process is told to end."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     check_imports()
     home = ClientHome(Path(path))
     folder = home.keys / "wire"

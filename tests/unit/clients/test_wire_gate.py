@@ -9,6 +9,7 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -106,11 +107,10 @@ def reply_of(content: RecordDict | Error) -> Message:
 
 
 def pushed(message: Message) -> PushMessagesRequest:
-    proto = message_to_proto(message)
-    proto.ClearField("content")
+    """As Flower's SuperNode makes it."""
     return PushMessagesRequest(
         node=NODE,
-        messages_list=[proto],
+        messages_list=[message_to_proto(remove_content_from_message(message))],
         message_object_trees=[get_object_tree(message)],
         clientapp_runtime_list=[1.5],
     )
@@ -260,3 +260,11 @@ def test_the_types_are_those_of_the_installed_flower() -> None:
     for call, kind in REQUESTS.items():
         before, _, _ = source.partition(f'"/v1/fleet/{call}"')
         assert kind.__name__ in before[-600:], call
+
+
+def test_a_message_with_its_content_in_it_is_refused(setting: Setting) -> None:
+    message = reply_of(RecordDict({"reply": ConfigRecord({"code": "ok", "status": "done"})}))
+    request = pushed(message)
+    request.messages_list[0].CopyFrom(message_to_proto(message))
+    assert setting.say("push-messages", request) == 403
+    assert setting.reached == []
