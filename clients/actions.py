@@ -25,7 +25,7 @@ from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
-from common.errors import BaseMismatchError, PolicyError
+from common.errors import BaseMismatchError, GateError, PolicyError
 from common.files import sha256_bytes, write_atomic
 from common.models.base import model_digest, resolve_base, trainable_tensors
 from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
@@ -94,8 +94,8 @@ class Actions:
         }
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
-            self._send(order, Kind.TASK_VECTOR, Path(result["vector_path"]), codec, facts)
-        set_own_model(self._home.path, Path(result["model_folder"]), order.config)
+            self._send(order, Kind.TASK_VECTOR, self._in_work(result["vector_path"]), codec, facts)
+        set_own_model(self._home.path, self._in_work(result["model_folder"]), order.config)
         self._send_metrics(order, result)
 
     def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
@@ -130,7 +130,7 @@ class Actions:
         with self._timed("install"):
             kept = universal.model_copy(update={"label": UNIVERSAL, "keep": True})
             result = self._job(order, base, "candidates", [kept])
-            composed = Path(result["evaluations"][UNIVERSAL]["model_folder"])
+            composed = self._in_work(result["evaluations"][UNIVERSAL]["model_folder"])
             digest = universal.model_digest
             installed = install(self._home.path, composed, base, digest, config=order.config)
             shutil.rmtree(composed)
@@ -194,6 +194,13 @@ class Actions:
         if not result["isolated"]:
             log.warning("the trainer could have reached the network and the keys: see client policy explain")
         return result
+
+    def _in_work(self, path: str) -> Path:
+        """What the trainer names as its result; it could name anything. Raises GateError."""
+        found = Path(path).resolve()
+        if not found.is_relative_to(self._home.path / "work"):
+            raise GateError("the trainer named a result outside its folder", next_step="see trainer.log")
+        return found
 
     def _limited(self, config: RunConfig) -> RunConfig:
         """The run's configuration under the owner's own limit of training time."""
