@@ -14,6 +14,7 @@ from rich.table import Table
 
 from clients.data.domain import Domain
 from clients.home import ClientHome
+from clients.policy import POLICY, write_policy
 from common.console import progress_bars
 from common.errors import ConfigError, SignatureError
 from common.kit import read_kit
@@ -26,7 +27,11 @@ HomeOption = Annotated[
     Path, typer.Option("--home", envvar="ISTHMUS_CLIENT_HOME", help="the owner's home directory")
 ]
 
+HomeArgument = Annotated[Path, typer.Argument(envvar="ISTHMUS_CLIENT_HOME", help="the owner's home")]
+
 app = typer.Typer(help="An owner's side: join a federation, serve it, recommend.", no_args_is_help=True)
+policy_app = typer.Typer(help="What may leave this domain: policy.toml.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
 
 
 @app.command()
@@ -48,7 +53,7 @@ def join(
     typer.echo(f"run policy: {read.run_policy}")
     _compare_fingerprint(read.fingerprint, fingerprint)
     opened = do_join(read, home.expanduser(), data=data, base=base, supernode_port=port)
-    typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / 'client.toml'}")
+    typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / POLICY}")
     typer.echo(f"next: isthmus client up --home {home}")
 
 
@@ -103,6 +108,29 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
     typer.echo(f"model: {record['model'] or 'none installed'}")
     if compared is not None:
         typer.echo(_compared(compared))
+
+
+@policy_app.command()
+def explain(
+    home: HomeArgument = DEFAULT_HOME,
+    format: Annotated[Literal["text", "json"], typer.Option(help="for people or for machines")] = "text",
+) -> None:
+    """Check policy.toml, and say in plain words what may leave and what a run could get at most."""
+    from clients.explain import explanation, in_words
+
+    opened = _open(home)
+    found = explanation(opened)
+    if format == "json":
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for line in in_words(found, opened.path / POLICY):
+        typer.echo(line)
+
+
+@policy_app.command()
+def write(home: HomeArgument = DEFAULT_HOME) -> None:
+    """Write the default policy.toml, with a comment for each key, into a home that has none."""
+    typer.echo(f"written: {write_policy(home.expanduser())}")
 
 
 @app.command()

@@ -24,9 +24,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import runner
 from clients.app import HOME_VARIABLE
-from clients.egress import EgressPolicy
 from clients.home import ClientHome
 from clients.join import join
+from clients.policy import EgressPolicy
 from clients.training.job import Job
 from clients.training.perform import perform
 from common.config import RunConfig
@@ -253,7 +253,7 @@ class LocalFederation:
         result = json.loads(json.dumps(perform(job, NO_REPORT)))
         if job.mode == "fit":
             self.fits_done.append(domain)
-        return dict(result)
+        return {**result, "isolated": False}
 
 
 def _tls(home: ServerHome) -> TlsFiles:

@@ -477,6 +477,7 @@ class _Audit:
             report.not_proven.append(
                 f"the content of {missing} parcels: their payloads are not in the bundle"
             )
+        report.not_proven.extend(self._not_isolated(member.domain))
         report.not_proven.extend([*LIMITS, self._collusion(member.domain, own, server)])
         return report
 
@@ -494,6 +495,15 @@ class _Audit:
             f"{books} after entries {seen[0] - 1} and {seen[1] - 1}, the last that a witness saw; "
             f"before them, that {', '.join(sorted(self._witnesses))} did not help them"
         )
+
+    def _not_isolated(self, domain: str) -> Iterator[str]:
+        """What its headers say of the trainer: with 1, that it had no network and no keys."""
+        headers = [parcel.header for parcel in self._parcels.values()]
+        vectors = [header for header in headers if header.kind is Kind.TASK_VECTOR]
+        said = Counter(header.training.get("isolated") for header in vectors if header.sender == domain)
+        for word, what in ((0, "it had"), (None, "their headers do not say")):
+            if said[word]:
+                yield f"that the trainer of {said[word]} task vectors had no network and no keys: {what}"
 
     def _tally(self, report: DomainReport, log: _Log, *, is_own: bool) -> None:
         for crossing in log.crossings:

@@ -178,11 +178,14 @@ def _learns_since(status: dict[str, Any], label: str, before_s: float) -> bool:
 
 
 @pytest.mark.slow
-def test_kill_of_a_supernode(federation: Federation) -> None:
+@pytest.mark.parametrize("victim", ["flower-supernode", "clients.wire_gate"])
+def test_kill_of_what_speaks_to_the_server(federation: Federation, victim: str) -> None:
     bring_up(federation)
     run = federation.start_run(run_config(federation.base, training=LONG_TRAINING, merge=ONE_MERGE))
     until("garden to train", training_beyond(federation, "garden", 40))
-    kill(*federation.alive("flower-supernode", under=federation.home("garden")))
+    victims = federation.alive(victim, under=federation.home("garden"))
+    assert len(victims) == 1
+    kill(*victims)
     check_complete(federation, run)
     assert fit_result(federation.home("garden"))["resumed"] is False
     assert (federation.home("garden") / "logs" / "runner.log").read_text().count("is ready") == 1

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from common.audit.bundle import Bundle
 from common.audit.cli import app
-from common.audit.verify import AuditReport, verify
+from common.audit.verify import AuditReport, _Audit, _Parcel, verify
 from common.errors import RefusedError
 from common.files import sha256_bytes
 from common.ledger import Crossing, Ledger
@@ -173,6 +173,19 @@ def test_an_honest_bundle_is_clean(world: World, bundle: Bundle) -> None:
     assert toys.signer == world.toys.key.public.key_id
     assert [item["digest"] for item in toys.unacknowledged] == [world.unsent.digest]
     assert any("no ledger" in limit for limit in toys.not_proven)
+    assert any("trainer of 3 task vectors" in limit for limit in toys.not_proven)
+
+
+def test_what_a_trainer_could_reach_is_said(world: World, bundle: Bundle, tmp_path: Path) -> None:
+    audit = _Audit(bundle, world.root(), lambda *_: None)
+    for number, word in enumerate((1, 0, 0, None)):
+        facts = {} if word is None else {"isolated": word}
+        header = world.toys.draft(make_vector(tmp_path / "v", number), training=facts)
+        audit._parcels[str(number)] = _Parcel(header, 1, world.root().server)
+    first, second = audit._not_isolated("toys")
+    assert "2 task vectors" in first and first.endswith("it had")
+    assert "1 task vectors" in second and second.endswith("do not say")
+    assert list(audit._not_isolated("beauty")) == []
 
 
 def test_one_shore_alone_is_verified_and_says_what_is_missing(world: World, bundle: Bundle) -> None:
