@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from common.pages import DASH, Html, digest, finite, join, number, size, table, tag
+from server.reporting.charts import Points, bars, chart, legend, smooth
 from server.reporting.data import (
     Json,
     domain_names,
@@ -17,22 +19,6 @@ from server.reporting.data import (
     metrics,
     part,
     row_order,
-)
-from server.reporting.markup import (
-    DASH,
-    Html,
-    Points,
-    bars,
-    chart,
-    digest,
-    finite,
-    join,
-    legend,
-    number,
-    size,
-    smooth,
-    table,
-    tag,
 )
 
 NOTES = {

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from common.errors import DataError
+from common.pages import DASH, tag
 from server.report import SYNTHETIC, write_report
+from server.reporting.charts import chart, smooth
 from server.reporting.data import groups, row_order
-from server.reporting.markup import DASH, chart, smooth, tag
 from server.results import save, tables
 
 DOMAINS = ("kitchen", "music", "toys")
