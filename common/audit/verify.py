@@ -86,6 +86,20 @@ class ShoreReport:
 
 
 @dataclass
+class Evidence:
+    """What was read on the way: each ledger up to its first damaged entry, and what its entries speak of.
+
+    Headers and receipts, by the digest of their envelopes, are those that verified. `payloads` says, by the
+    digest in a verified header, what is wrong with the payload: nothing, or "absent" from the bundle.
+    """
+
+    crossings: dict[str, list[Crossing]] = field(default_factory=dict)
+    headers: dict[str, Header] = field(default_factory=dict)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    payloads: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class AuditReport:
     """What `verify` found. `findings` are those of no single domain."""
 
@@ -93,6 +107,7 @@ class AuditReport:
     shores: list[ShoreReport]
     domains: list[DomainReport]
     findings: list[Finding]
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def all_findings(self) -> list[Finding]:
@@ -174,7 +189,13 @@ class _Audit:
             for log in logs.values()
         ]
         others = [found for found in self._findings if found.shore not in names]
-        return AuditReport(self._root.version, shores, domains, others)
+        evidence = Evidence(
+            {log.shore: log.crossings for log in logs.values()},
+            {digest: header for digest, (header, _) in self._parcels.items()},
+            self._receipts,
+            self._payloads,
+        )
+        return AuditReport(self._root.version, shores, domains, others, evidence)
 
     def _find(self, shore: str, index: int, code: str, reason: str) -> None:
         self._findings.append(Finding(shore, index, code, reason))

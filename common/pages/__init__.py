@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, TypeGuard
 
 DASH = "\N{EN DASH}"
 FRAME = Path(__file__).parent
+MOST_TEXT = 120
 
 
 class Html(str):
@@ -81,3 +82,39 @@ def digest(value: object) -> Html:
     """The first twelve digits; the whole digest appears on pointing at it."""
     text = str(value or "")
     return tag("code", text[:12] + "…" if len(text) > 12 else text or DASH, title=text)
+
+
+def row(cells: Iterable[object]) -> Html:
+    """A row of a table; its first cell names it."""
+    first, *others = cells
+    return tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in others))
+
+
+def columns(names: Iterable[str]) -> list[Html]:
+    """The head of a table."""
+    return [tag("th", name, scope="col") for name in names]
+
+
+def facts(values: Mapping[str, object]) -> Html:
+    """A list of names and what they stand for."""
+    pairs = (join(tag("dt", name), tag("dd", value)) for name, value in values.items())
+    return tag("dl", *pairs, class_="facts")
+
+
+def cut(text: str, most: int = MOST_TEXT) -> str:
+    """Text of unknown length, not longer than a page can bear."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """How many of what.
+
+    >>> count(1, "entry", "entries"), count(1200, "entry", "entries"), count(0, "finding")
+    ('1 entry', '1,200 entries', '0 findings')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas, and "and" before the last."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
