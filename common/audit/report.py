@@ -70,13 +70,13 @@ def render(report: AuditReport, root: Root, *, name: str, checked_s: int) -> str
 def _verdict(report: AuditReport) -> tuple[str, str]:
     """Clean or not, and the rest of that sentence."""
     findings, ledgers = report.all_findings, count(len(report.shores), "ledger")
+    if not report.shores:
+        return "Nothing checked", ": the bundle holds no ledger"
     if findings:
         where = sorted({finding.shore for finding in findings})
         plural = "ledgers" if len(where) > 1 else "ledger"
         found = count(len(findings), "finding")
         return "Not clean", f": {found} in the {plural} of {cut(listed(where))}"
-    if not report.shores:
-        return "Nothing checked", ": the bundle holds no ledger"
     entries = sum(shore.entries for shore in report.shores)
     return "Clean", f": no findings in {count(entries, 'entry', 'entries')} of {ledgers}"
 

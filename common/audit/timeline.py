@@ -114,7 +114,13 @@ def timeline(lanes: Sequence[Lane]) -> Html:
     shown = [lane for lane in filled if id(lane) in kept]
     axis = Axis(dot.time_s for lane in shown for dot in lane.dots)
     height = len(shown) * LANE + 40
-    parts = [_scale(axis, height), *(_lane(lane, axis, n * LANE) for n, lane in enumerate(shown))]
+    tops = [n * LANE for n in range(len(shown))]
+    strips = (tag("rect", y=top + STRIP_Y, width="100%", height=STRIP, rx=4, class_="strip") for top in tops)
+    parts = [
+        *strips,
+        _scale(axis, height),
+        *(_lane(lane, axis, top) for lane, top in zip(shown, tops, strict=True)),
+    ]
     first, last = axis.pieces[0][0], axis.pieces[-1][1]
     span = _span(first, last)
     label = f"Timeline of {len(shown)} lanes, {span}"
@@ -157,34 +163,35 @@ def _lane(lane: Lane, axis: Axis, top: int) -> Html:
     bins: dict[int, dict[str, list[Dot]]] = defaultdict(lambda: defaultdict(list))
     for dot in lane.dots:
         bins[int(axis.place(dot.time_s) * BINS)][dot.kind].append(dot)
-    marks = [mark for kinds in bins.values() for mark in _stack(kinds, axis, top + STRIP_Y)]
+    marks = [drawn for kinds in bins.values() for drawn in _stack(kinds, axis, top + STRIP_Y)]
     count = len(lane.dots)
     said = f"{count:,} message{'s' * (count != 1)}, {size(lane.bytes)}"
     return join(
         tag("text", lane.name, x=0, y=top + LABEL_Y, class_="name"),
         tag("text", said, x="100%", y=top + LABEL_Y, text_anchor="end"),
-        tag("rect", x=0, y=top + STRIP_Y, width="100%", height=STRIP, rx=4, class_="strip"),
-        *marks,
+        *(picture for _, picture in sorted(marks, key=lambda drawn: drawn[0])),
     )
 
 
-def _stack(kinds: dict[str, list[Dot]], axis: Axis, top: int) -> list[Html]:
-    """The marks of one slice of time: parcels one above the other, the largest behind, the rest below."""
+def _stack(kinds: dict[str, list[Dot]], axis: Axis, top: int) -> list[tuple[float, Html]]:
+    """The marks of one slice of time, parcels one above the other, with the order to draw them in."""
     parcels = sorted(kind for kind in kinds if kind not in _LINES)
     apart = min(13.0, (2 * PARCELS_Y - 8) / max(1, len(parcels) - 1))
     rows = {kind: PARCELS_Y + apart * (n - (len(parcels) - 1) / 2) for n, kind in enumerate(parcels)}
-    found = []
+    drawn = []
     for kind, y in (rows | {kind: y for kind, y in _LINES.items() if kind in kinds}).items():
         dots = kinds[kind]
         total = sum(dot.size_bytes for dot in dots)
         radius = 4.0 if kind in _LINES else _radius(total)
         x = sum(axis.place(dot.time_s) for dot in dots) / len(dots)
-        ring = tag("circle", r=f"{radius + 4:.1f}", class_="ring") if any(d.found for d in dots) else ""
         when = _span(min(dot.time_s for dot in dots), max(dot.time_s for dot in dots))
         said = tag("title", f"{len(dots):,} {kind}, {size(total)}, {when}")
         where = {"x": f"{100 * x:.2f}%", "y": f"{top + y:.1f}"}
-        found.append((radius, tag("svg", said, mark(kind, radius), ring, **where)))
-    return [picture for _, picture in sorted(found, key=lambda pair: -pair[0])]
+        drawn.append((-radius, tag("svg", said, mark(kind, radius), **where)))
+        if any(dot.found for dot in dots):
+            ring = tag("circle", r=f"{radius + 4:.1f}", class_="ring")
+            drawn.append((1.0, tag("svg", said, ring, **where)))
+    return drawn
 
 
 def _scale(axis: Axis, height: int) -> Html:

@@ -166,6 +166,8 @@ class _Audit:
                 logs[shore] = self._read(shore, self._parties[shore])
             else:
                 self._find(shore, -1, "unknown-shore", "no such shore in the root file")
+        if not logs:
+            self._find("bundle", -1, "no-ledger", "it holds no ledger of anybody in the root file")
         for log in logs.values():
             for index, crossing in enumerate(log.crossings):
                 self._on_step(log.shore, index + 1, len(log.crossings))
