@@ -226,7 +226,13 @@ def _legend(lanes: Sequence[Lane]) -> Html:
     if not used <= set(KINDS):
         keys.append(tag("li", sign(""), "of no known kind"))
     if any(dot.found for lane in lanes for dot in lane.dots):
-        ring = tag("svg", tag("circle", r=6.5, class_="ring"), viewBox="-8 -8 16 16", class_="sign")
+        ring = tag(
+            "svg",
+            tag("circle", r=6.5, class_="ring"),
+            viewBox="-8 -8 16 16",
+            class_="sign",
+            aria_hidden="true",
+        )
         keys.append(tag("li", ring, "with a finding"))
     for example in (1e3, 1e6, 1e9):
         dot = tag("circle", r=f"{_radius(example):.1f}", class_="sample")
