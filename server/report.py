@@ -54,8 +54,11 @@ def render(summary: Json, events: Sequence[Json]) -> str:
         join(
             _heading(summary, name),
             _headline(summary),
-            tag("nav", *links),
-            *(tag("section", tag("h2", title, id=anchors[title]), body) for title, body in shown.items()),
+            tag("nav", *links, aria_label="On this page"),
+            *(
+                tag("section", tag("h2", title, id=anchors[title]), body, aria_labelledby=anchors[title])
+                for title, body in shown.items()
+            ),
         ),
         tag("div", SYNTHETIC, class_="banner", role="note") if summary.get("synthetic") else "",
     )
@@ -96,7 +99,7 @@ def _headline(summary: Json) -> Html:
         first = first or _sentence(metric, values, own, title)
         big = tag("span", number(values[own], 1), tag("small", " of 100"), class_="big")
         lines = bars([(names[row], value, row == own) for row, value in values.items()], 1)
-        cards.append(tag("div", tag("h3", f"{metric_name(metric)}, {title}"), big, lines, class_="card"))
+        cards.append(tag("div", tag("p", f"{metric_name(metric)}, {title}"), big, lines, class_="card"))
     if not cards:
         return tag("p", "No headline: no figures of the universal model and of fine-tuned models to compare.")
     note = "Mean over the domains, in per cent of what each domain's own fine-tuned model reaches."

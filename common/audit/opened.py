@@ -140,13 +140,17 @@ def _header(header: Header) -> dict[str, object]:
             f"{header.payload_bytes:,} bytes, {header.codec} ", tag("code", header.payload_digest)
         ),
         "Base model": tag("code", header.base_digest),
-        "Code": join(f"version {header.code_version} ", tag("code", header.code_digest)),
+        "Code": join(f"version {header.code_version}, ", _code(header.code_digest)),
         "Signed": f"{moment(header.created_s)}; valid until {moment(header.expires_s)}",
         "Nonce": tag("code", header.nonce),
         "Sender's ledger": join(
             f"{count(header.checkpoint.size, 'entry', 'entries')} then ", tag("code", header.checkpoint.root)
         ),
     }
+
+
+def _code(digest: str) -> Html:
+    return tag("code", digest) if digest.strip("0") else tag("span", "without a digest")
 
 
 def _privacy(privacy: Privacy) -> str:

@@ -9,12 +9,12 @@ short, and cannot make the page longer than the limits here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.audit.opened import opened
 from common.audit.timeline import LATEST_S, Dot, Lane, moment, named, timeline
-from common.audit.verify import LIMITS, AuditReport, DomainReport, Finding, Tally
+from common.audit.verify import LIMITS, AuditReport, DomainReport, Tally
 from common.audit.words import GLOSSARY, KINDS, MEANINGS
 from common.ledger import Crossing
 from common.pages import (
@@ -166,17 +166,18 @@ def _domains(report: AuditReport) -> Html:
             tag("a", domain.domain, href=f"#domain-{domain.domain}"),
             _total(domain.sent.values()),
             _total(domain.received.values()),
-            _epsilon(domain.privacy),
+            _claimed(domain),
             _open(len(domain.unacknowledged)),
             tag("span", len(domain.findings), class_="lost" if domain.findings else ""),
         )
         rows.append(row(cells))
-    head = ("domain", "sent", "received", "epsilon spent", "unacknowledged", "findings")
+    head = ("domain", "sent", "received", "epsilon claimed", "unacknowledged", "findings in its ledger")
     overview = table(columns(head), rows, "wide", "Messages and bytes of every domain, payloads included")
-    return join(overview, *map(_domain, report.domains))
+    present = report.evidence.crossings.keys()
+    return join(overview, *(_domain(domain, domain.domain in present) for domain in report.domains))
 
 
-def _domain(domain: DomainReport) -> Html:
+def _domain(domain: DomainReport, present: bool) -> Html:
     rows = []
     open_ends = Counter((str(item["shore"]), str(item["kind"])) for item in domain.unacknowledged)
     for way, giver, tallies in (
@@ -201,9 +202,9 @@ def _domain(domain: DomainReport) -> Html:
     known = {
         "Pseudonym": domain.pseudonym,
         "Signs with the key": tag("code", domain.signer),
-        "Privacy spend": _spend(domain.privacy),
+        "Differential privacy": _spend(domain),
     }
-    title = tag("h3", domain.domain, " ", _state(domain.findings), id=f"domain-{domain.domain}")
+    title = tag("h3", domain.domain, " ", _state(domain, present), id=f"domain-{domain.domain}")
     return tag("article", title, facts(known), content)
 
 
@@ -270,21 +271,31 @@ def _total(tallies: Iterable[Tally]) -> Html:
 
 def _epsilon(spends: Iterable[Mapping[str, int | str]]) -> str:
     """What was spent, added up: the plainest bound on several releases."""
-    spent = sum(int(spend["epsilon_e6"]) for spend in spends)
-    return f"{spent / 1e6:g}" if spent else DASH
+    return f"{sum(int(spend['epsilon_e6']) for spend in spends) / 1e6:g}"
 
 
-def _spend(spends: Sequence[Mapping[str, int | str]]) -> str:
-    if not spends:
-        return "no differential privacy was claimed"
-    each = (f"{spend['kind']} {_epsilon([spend])}" for spend in spends[:MOST_KINDS])
-    return f"epsilon {_epsilon(spends)}, added up over {count(len(spends), 'parcel')}: {', '.join(each)}"
+def _claimed(domain: DomainReport) -> Html:
+    if not domain.privacy:
+        return Html(DASH)
+    return join(_epsilon(domain.privacy), tag("small", count(len(domain.privacy), "parcel")))
 
 
-def _state(findings: Sequence[Finding]) -> Html:
-    if findings:
-        return tag("span", count(len(findings), "finding"), class_="lost")
-    return tag("span", "no findings", class_="kept")
+def _spend(domain: DomainReport) -> str:
+    """Kind by kind, and for how many of the parcels: one that claims nothing is not bounded by the others."""
+    said = []
+    for kind in sorted({str(spend["kind"]) for spend in domain.privacy}):
+        spends = [spend for spend in domain.privacy if spend["kind"] == kind]
+        total = domain.sent[kind].count if kind in domain.sent else len(spends)
+        said.append(f"{kind}: epsilon {_epsilon(spends)} claimed for {len(spends)} of {total}")
+    return ", ".join(said) or "none claimed"
+
+
+def _state(domain: DomainReport, present: bool) -> Html:
+    if domain.findings:
+        return tag("span", count(len(domain.findings), "finding"), " in its ledger", class_="lost")
+    if not present:
+        return tag("span", "its ledger is not in the bundle", class_="open")
+    return tag("span", "no findings in its ledger", class_="kept")
 
 
 def _sentence(text: str) -> str:

@@ -51,10 +51,16 @@ def page(title: str, css: str, body: Html, banner: Html | str = "") -> str:
     return template.substitute(title=html.escape(title), css=style, banner=join(banner), body=body)
 
 
-def table(head: Sequence[Html], rows: Iterable[Html], class_: str = "", caption: object = "") -> Html:
-    """A table that scrolls sideways where it is too wide, also by keyboard."""
+def table(
+    head: Sequence[Html], rows: Iterable[Html], class_: str = "", caption: object = "", label: str = ""
+) -> Html:
+    """A table that scrolls sideways where it is too wide, also by keyboard.
+
+    It needs a name: a `caption`, or a `label` that is not shown where a heading says it already.
+    """
     named = tag("caption", caption) if caption else ""
-    whole = tag("table", named, tag("thead", tag("tr", *head)), tag("tbody", *rows), class_=class_)
+    parts = (named, tag("thead", tag("tr", *head)), tag("tbody", *rows))
+    whole = tag("table", *parts, class_=class_, aria_label=label)
     return tag("div", whole, class_="scroll", tabindex=0)
 
 

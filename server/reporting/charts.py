@@ -29,7 +29,13 @@ def bars(rows: Sequence[tuple[str, float, bool]], digits: int) -> Html:
 def legend(names: Sequence[str], shown: Collection[str]) -> Html:
     """Which line is whose: the order of `names` gives the colours, as in `chart`; `shown` have a line."""
     keys = (
-        tag("span", tag("svg", tag("path", d="M1 5H23", class_=_style(index)), viewBox="0 0 24 10"), name)
+        tag(
+            "span",
+            tag(
+                "svg", tag("path", d="M1 5H23", class_=_style(index)), viewBox="0 0 24 10", aria_hidden="true"
+            ),
+            name,
+        )
         for index, name in enumerate(names)
         if name in shown
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crossing import make_vector
 from markup import Page
 from test_audit import ROOT_KEY, World, _bodies, _own_signer, _write
 from typer.testing import CliRunner
@@ -20,7 +21,8 @@ from common.audit.report import MOST_FINDINGS, MOST_KINDS, render
 from common.audit.verify import LIMITS, verify
 from common.audit.words import GLOSSARY, KINDS, MEANINGS
 from common.ledger import Crossing
-from common.parcels import SERVER, Kind
+from common.pages import DASH
+from common.parcels import SERVER, Kind, Privacy, seal_parcel
 from common.roots import SignedRoot
 
 HOSTILE = "</style></title><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
@@ -143,6 +145,22 @@ def test_tensor_tables_end_where_the_page_would_be_too_long(
     assert "layer.weight" in found.text
 
 
+def test_privacy_that_is_claimed_for_some_parcels_is_not_said_of_all(
+    world: World, bundle: Bundle, tmp_path: Path
+) -> None:
+    payload = make_vector(tmp_path / "private", 4)
+    spent = Privacy(mechanism="dp-sgd", clip_e6=1, noise_e6=2, epsilon_e6=3_500_000, delta_e12=5)
+    parcel = seal_parcel(world.toys.draft(payload, privacy=spent), payload, world.toys.key)
+    bundle.put_envelopes([parcel.envelope])
+    size = len(parcel.envelope) + parcel.header.payload_bytes
+    entry = Crossing("out", "data", "parcel", parcel.digest, size, SERVER, "task-vector", "demo")
+    found = forged(world, bundle, [entry], "toys")
+    assert "task-vector: epsilon 3.5 claimed for 1 of 4" in found.text
+    assert "dp-sgd: epsilon 3.5, delta 5e-12, clip 1e-06, noise 2e-06" in found.text
+    assert found.labelled("toys")[0][3] == "3.51 parcel"
+    assert found.labelled("beauty")[0][3] == DASH
+
+
 def test_a_bundle_without_ledgers_is_not_clean(world: World, bundle: Bundle) -> None:
     for shore in bundle.shores():
         shutil.rmtree(bundle.path / "shores" / shore)
@@ -155,6 +173,7 @@ def test_a_missing_ledger_is_said_on_top(world: World, bundle: Bundle) -> None:
     found = page(world, bundle)
     assert "The ledger of toys is not in the bundle." in found.text
     assert "What this bundle lacks" in found.text
+    assert "its ledger is not in the bundle" in found.text
 
 
 def test_every_finding_has_plain_words_and_a_line_in_the_documentation() -> None:

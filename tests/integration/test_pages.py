@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 from browser import chromium, faults, show
+from summaries import make_events, make_summary
 from test_audit import World, _bodies, _own_signer, _write
 
 from common.audit.report import render
 from common.audit.verify import verify
 from common.ledger import Crossing
 from common.parcels import SERVER
+from server.report import write_report
+from server.results import save
 
 HOSTILE = "</style><script>document.title='taken'</script><img src=http://127.0.0.1:9/x>"
 
@@ -27,11 +30,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The audit's page of a clean bundle, and of one with a hostile entry; asked for after the browser."""
+    """The audit's page of a clean bundle and of one with a hostile entry, and a run's report."""
     folder = tmp_path_factory.mktemp("pages")
+    save(folder, make_summary(), make_events())
     world = World(folder / "world")
     bundle = world.bundle(folder / "bundle")
-    written = {}
+    written = {"run": write_report(folder)}
     for name in ("clean", "bad"):
         if name == "bad":
             entry = Crossing("in", "data", "parcel", "ab" * 32, 5, "toys", HOSTILE, "demo", "accepted", 1)
@@ -45,14 +49,15 @@ def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("name", ["clean", "bad"])
+@pytest.mark.parametrize("name", ["clean", "bad", "run"])
 def test_a_page_is_quiet_and_readable(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:
     assert show(browser, pages[name], width=width, scheme=scheme) == []
     browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true })")
     assert faults(browser) == []
-    assert browser.title.startswith("Clean" if name == "clean" else "Not clean")
+    titles = {"clean": "Clean: no findings", "bad": "Not clean: ", "run": "three-shops"}
+    assert browser.title.startswith(titles[name])
 
 
 def test_the_checks_see_a_page_that_is_neither(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
