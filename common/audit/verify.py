@@ -98,6 +98,20 @@ class ShoreReport:
 
 
 @dataclass
+class Evidence:
+    """What was read on the way: each ledger up to its first damaged entry, and what its entries speak of.
+
+    Headers and receipts, by the digest of their envelopes, are those that verified. `payloads` says, by the
+    digest in a verified header, what is wrong with the payload: nothing, or "absent" from the bundle.
+    """
+
+    crossings: dict[str, list[Crossing]] = field(default_factory=dict)
+    headers: dict[str, Header] = field(default_factory=dict)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    payloads: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class AuditReport:
     """What `verify` found. `findings` are those of no single domain."""
 
@@ -105,6 +119,7 @@ class AuditReport:
     shores: list[ShoreReport]
     domains: list[DomainReport]
     findings: list[Finding]
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def all_findings(self) -> list[Finding]:
@@ -178,6 +193,8 @@ class _Audit:
                 logs[shore] = self._read(shore, self._parties[shore])
             else:
                 self._find(shore, -1, "unknown-shore", "no such shore in the root file")
+        if not logs:
+            self._find("bundle", -1, "no-ledger", "it holds no ledger of anybody in the root file")
         for log in logs.values():
             for index, crossing in enumerate(log.crossings):
                 self._on_step(log.shore, index + 1, len(log.crossings))
@@ -205,7 +222,13 @@ class _Audit:
             for log in logs.values()
         ]
         others = [found for found in self._findings if found.shore not in names]
-        return AuditReport(self._root.version, shores, domains, others)
+        evidence = Evidence(
+            {log.shore: log.crossings for log in logs.values()},
+            {digest: parcel.header for digest, parcel in self._parcels.items()},
+            self._receipts,
+            self._payloads,
+        )
+        return AuditReport(self._root.version, shores, domains, others, evidence)
 
     def _find(self, shore: str, index: int, code: str, reason: str) -> None:
         self._findings.append(Finding(shore, index, code, reason))

@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from common.pages import DASH, Html, digest, finite, join, number, size, table, tag
+from server.reporting.charts import Points, bars, chart, legend, smooth
 from server.reporting.data import (
     Json,
     domain_names,
@@ -17,22 +19,6 @@ from server.reporting.data import (
     metrics,
     part,
     row_order,
-)
-from server.reporting.markup import (
-    DASH,
-    Html,
-    Points,
-    bars,
-    chart,
-    digest,
-    finite,
-    join,
-    legend,
-    number,
-    size,
-    smooth,
-    table,
-    tag,
 )
 
 NOTES = {
@@ -85,7 +71,7 @@ def _metric_table(summary: Json, metric: str) -> Html:
         body.append(tag("tr", *cells, class_="own" if row == "universal" else ""))
     head = [tag("th", ""), *(_column_head(summary, name) for name in columns[:-1])]
     head.append(tag("th", "mean", class_="mean"))
-    return table(head, body, "wide")
+    return table(head, body, "wide", label=metric_name(metric))
 
 
 def _column_head(summary: Json, name: str) -> Html:
@@ -161,7 +147,7 @@ def _heat(final: Mapping[str, Json], names: Sequence[str]) -> Html:
             heat = f"--heat:{60 * (value - low) / span:.0f}%" if finite(value) else ""
             cells.append(tag("td", number(value, 3), style=heat))
         rows.append(tag("tr", tag("td", "all layers" if group == "all" else group.replace("-", " ")), *cells))
-    return table([tag("th", name) for name in ["", *names]], rows, "heat")
+    return table([tag("th", name) for name in ["", *names]], rows, "heat", label="Final coefficients")
 
 
 def training(summary: Json, events: Sequence[Json]) -> Html:
@@ -206,7 +192,7 @@ def crossings(summary: Json) -> Html:
         "From the server's ledger: everything that went through the exchange, receipts left out. The signed "
         "ledgers of both shores are the evidence; this table is a reading of one of them."
     )
-    return join(tag("p", note, class_="soft"), table(head, body))
+    return join(tag("p", note, class_="soft"), table(head, body, label="What crossed, by domain and kind"))
 
 
 def domains(summary: Json) -> Html:
@@ -231,7 +217,7 @@ def domains(summary: Json) -> Html:
         ]
         body.append(tag("tr", *(tag("td", cell) for cell in cells)))
     head = ["domain", "pseudonym", "state", "items", "vector", "vector digest", "training facts allowed"]
-    return table([tag("th", title) for title in head], body, "wide text")
+    return table([tag("th", title) for title in head], body, "wide text", label="Who took part")
 
 
 def costs(summary: Json) -> Html:
@@ -246,20 +232,20 @@ def costs(summary: Json) -> Html:
     if processes:
         memory = [size(part(processes, name).get("peak_memory_bytes")) for name in sorted(processes)]
         busy = [number(part(processes, name).get("cpu_s"), 1) for name in sorted(processes)]
-        grid = _grid(
-            ["process", "peak memory", "processor s"], zip(sorted(processes), memory, busy, strict=True)
-        )
-        blocks.append(tag("div", tag("h3", "Memory and processor time a process"), grid))
+        used = zip(sorted(processes), memory, busy, strict=True)
+        head = ["process", "peak memory", "processor s"]
+        blocks.append(_grid("Memory and processor time a process", head, used))
     if spent:
         steps = sorted({step for name in spent for step in part(spent, name)})
         rows = ([name, *(number(part(spent, name).get(s), 1) for s in steps)] for name in sorted(spent))
-        blocks.append(tag("div", tag("h3", "Seconds a domain"), _grid(["domain", *steps], rows)))
+        blocks.append(_grid("Seconds a domain", ["domain", *steps], rows))
     return tag("div", *blocks, class_="charts costs") if blocks else tag("p", "Not recorded.")
 
 
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+def _grid(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     body = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
-    return table([tag("th", title) for title in head], body, "wide")
+    heads = [tag("th", name) for name in head]
+    return tag("div", tag("h3", title), table(heads, body, "wide", label=title))
 
 
 def limits(summary: Json) -> Html:
