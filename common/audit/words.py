@@ -26,6 +26,7 @@ MEANINGS = {
     "never-sent": "One party recorded that it came; the other's ledger never sent it.",
     "repeated": "The same thing is in the ledger twice.",
     "revoked": "It was accepted from a member whose membership had been withdrawn.",
+    "withdrawn": "A task vector was accepted after it had been withdrawn.",
     "no-ledger": "There was nothing to check.",
     "unknown-shore": "The bundle holds a ledger of somebody who is not in the root file.",
     "unknown-peer": "The ledger records dealings with somebody who is not in the root file.",
