@@ -79,7 +79,7 @@ def verify_command(
 def report_command(
     bundle: BundleArgument,
     root: RootOption,
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("audit.html"),
 ) -> None:
     """Write what `verify` finds as one HTML page for people; exit code 1 unless all is as it must be."""
     from common.audit.report import render

@@ -235,15 +235,18 @@ def _ledgers(report: AuditReport, root: Root) -> Html:
 
 
 def _limits(report: AuditReport) -> Html:
-    rows = [tag("li", _sentence(limit)) for limit in LIMITS]
+    """What is proven of no domain, once; then what is not proven of some."""
+    lists = [domain.not_proven for domain in report.domains] or [list(LIMITS)]
+    shared = [limit for limit in lists[0] if all(limit in others for others in lists)]
+    rows = (tag("li", _sentence(limit)) for limit in shared)
     own = [
         tag("li", tag("strong", domain.domain), ": ", _sentence(limit))
         for domain in report.domains
         for limit in domain.not_proven
-        if limit not in LIMITS
+        if limit not in shared
     ]
-    more = join(tag("h3", "What this bundle lacks"), tag("ul", *own)) if own else ""
-    return join(tag("p", "No audit of ledgers proves:"), tag("ul", *rows), more)
+    more = join(tag("h3", "Of single domains"), tag("ul", *own)) if own else ""
+    return join(tag("p", "This audit does not prove, of any domain:"), tag("ul", *rows), more)
 
 
 def _glossary() -> Html:
@@ -281,12 +284,15 @@ def _claimed(domain: DomainReport) -> Html:
 
 
 def _spend(domain: DomainReport) -> str:
-    """Kind by kind, and for how many of the parcels: one that claims nothing is not bounded by the others."""
+    """Kind by kind, and of how many parcels: the claims of some bound nothing about the others."""
     said = []
     for kind in sorted({str(spend["kind"]) for spend in domain.privacy}):
         spends = [spend for spend in domain.privacy if spend["kind"] == kind]
         total = domain.sent[kind].count if kind in domain.sent else len(spends)
-        said.append(f"{kind}: epsilon {_epsilon(spends)} claimed for {len(spends)} of {total}")
+        delta = sum(int(spend["delta_e12"]) for spend in spends) / 1e12
+        said.append(
+            f"{kind}: epsilon {_epsilon(spends)}, delta {delta:g} claimed for {len(spends)} of {total}"
+        )
     return ", ".join(said) or "none claimed"
 
 

@@ -29,6 +29,7 @@ MEANINGS = {
     "rotated": "It was accepted under a key that its owner had replaced by then.",
     "keys": "Keys were exchanged, and not in the way that the root file and both signatures say.",
     "unwitnessed": "The root file names independent witnesses, and none of them saw this ledger.",
+    "withdrawn": "A task vector was accepted after it had been withdrawn.",
     "no-ledger": "There was nothing to check.",
     "unknown-shore": "The bundle holds a ledger of somebody who is not in the root file.",
     "unknown-peer": "The ledger records dealings with somebody who is not in the root file.",

@@ -155,7 +155,7 @@ def test_privacy_that_is_claimed_for_some_parcels_is_not_said_of_all(
     size = len(parcel.envelope) + parcel.header.payload_bytes
     entry = Crossing("out", "data", "parcel", parcel.digest, size, SERVER, "task-vector", "demo")
     found = forged(world, bundle, [entry], "toys")
-    assert "task-vector: epsilon 3.5 claimed for 1 of 4" in found.text
+    assert "task-vector: epsilon 3.5, delta 5e-12 claimed for 1 of 4" in found.text
     assert "dp-sgd: epsilon 3.5, delta 5e-12, clip 1e-06, noise 2e-06" in found.text
     assert found.labelled("toys")[0][3] == "3.51 parcel"
     assert found.labelled("beauty")[0][3] == DASH
@@ -172,7 +172,7 @@ def test_a_missing_ledger_is_said_on_top(world: World, bundle: Bundle) -> None:
     shutil.rmtree(bundle.path / "shores" / "toys")
     found = page(world, bundle)
     assert "The ledger of toys is not in the bundle." in found.text
-    assert "What this bundle lacks" in found.text
+    assert "Of single domains" in found.text
     assert "its ledger is not in the bundle" in found.text
 
 
