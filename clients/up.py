@@ -37,8 +37,10 @@ def specs(home: ClientHome, wire_port: int) -> list[ProcessSpec]:
 def up(home: ClientHome) -> None:
     """Run until told to stop. Raises FederationError when the port is taken or a process does not start."""
     check_port_free("127.0.0.1", home.config.supernode_port, "the SuperNode (supernode_port in client.toml)")
+    wire_port = home.config.wire_port or free_ports(1)[0]
+    check_port_free(HOST, wire_port, "the wire gate (wire_port in client.toml)")
     certificates(home)
-    supervisor = Supervisor(home.path, specs(home, home.config.wire_port or free_ports(1)[0]))
+    supervisor = Supervisor(home.path, specs(home, wire_port))
     supervisor.install_signal_handlers()
     try:
         supervisor.start()
