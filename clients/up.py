@@ -44,8 +44,10 @@ def up(home: ClientHome) -> None:
     if home.journal.get("rotation") == {"accepted": True}:
         raise ConfigError("the new keys are not in their place yet", next_step="isthmus client rotate")
     check_port_free("127.0.0.1", home.config.supernode_port, "the SuperNode (supernode_port in client.toml)")
+    wire_port = home.config.wire_port or free_ports(1)[0]
+    check_port_free(HOST, wire_port, "the wire gate (wire_port in client.toml)")
     certificates(home)
-    supervisor = Supervisor(home.path, specs(home, home.config.wire_port or free_ports(1)[0]))
+    supervisor = Supervisor(home.path, specs(home, wire_port))
     supervisor.install_signal_handlers()
     try:
         supervisor.start()

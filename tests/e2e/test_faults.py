@@ -245,6 +245,8 @@ def test_what_is_refused_in_words(federation: Federation) -> None:
     config = tomllib.loads((federation.home("garden") / "client.toml").read_text())
     with _taken(config["supernode_port"]):
         _check_refused(federation, "client", "up", "--home", federation.home("garden"), says="in use")
+    write_toml(federation.home("garden") / "client.toml", {**config, "wire_port": federation.port})
+    _check_refused(federation, "client", "up", "--home", federation.home("garden"), says="wire gate")
     again = ["client", "join", federation.kit("garden"), "--data", federation.folder / "data" / "garden"]
     again += ["--base", federation.base]
     home = federation.home("thief")
