@@ -9,6 +9,7 @@ from pydantic import Field
 
 from common.config import Frozen, validate
 from common.errors import ConfigError
+from common.statements import Name
 
 SCHEMA_VERSION = 1
 RUN_POLICY = (
@@ -22,14 +23,14 @@ class JoinKit(Frozen):
     """What an owner needs to join: addresses (host:port), certificates, identities, one token."""
 
     schema_version: int
-    domain: str
+    domain: Name
     server: str
     fleet: str
     exchange: str
     enrol: str
     public_key: str = Field(description="the server's Ed25519 identity, hex")
     fingerprint: str = Field(description="of that key, to be compared out of band")
-    ca_certificate: str = Field(description="PEM")
+    ca_certificate: str = Field(description="PEM", pattern="^[\\x00-\\x7f]*$")
     fab_sha256: str = Field(description="the app bundle that the owner's runner will answer to")
     token: str = Field(description="one-time; worthless after the first join")
     run_policy: str = RUN_POLICY
@@ -39,7 +40,8 @@ def read_kit(path: Path) -> JoinKit:
     """Read a kit. Raises ConfigError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        json.dumps(data, ensure_ascii=False).encode()  # half a character, as JSON can escape it, is none
+    except (OSError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise ConfigError(

@@ -89,7 +89,7 @@ class ExchangeService:
         """A published parcel, from `offset` on."""
         with _no_text(context):
             try:
-                parcel = self._published(request.digest, self._member(context))
+                parcel = self._published(request.digest, request.offset, self._member(context))
             except RefusedError as err:
                 yield pb.DownloadReply(refused=_refused(err))
                 return
@@ -102,7 +102,7 @@ class ExchangeService:
                 while chunk := source.read(CHUNK_BYTES):
                     yield pb.DownloadReply(chunk=chunk)
 
-    def _published(self, digest: str, member: Member) -> Parcel:
+    def _published(self, digest: str, offset: int, member: Member) -> Parcel:
         store = self._intake.store
         known = {stored.digest: stored for stored in store.find(direction="out")}
         stored, parcel = known.get(digest), None
@@ -110,6 +110,8 @@ class ExchangeService:
             parcel = store.get(digest)
         if parcel is None:
             raise RefusedError("no such parcel for this domain", reason="unknown-parcel")
+        if offset > parcel.header.payload_bytes:
+            raise RefusedError("the payload is shorter than that offset", reason="protocol")
         self._intake.ledger.record_once(
             Crossing(
                 direction="out",
