@@ -1,4 +1,4 @@
-"""Two kinds of process that a test kills: the Exchange over a `Shore`, and an owner that sends to it without end.
+"""Two kinds of process that a test kills: the Exchange over a `Shore`, and an owner that sends and fetches.
 
 Each takes up its work from its files alone. What an owner writes into its pipe is acknowledged: it must be in
 the ledgers exactly once for ever after.
@@ -25,9 +25,18 @@ PLENTY = 1_000_000
 PATIENCE_S = 120.0
 
 
+def server_at(home: Path) -> Shore:
+    """The server's files, with a run that never ends."""
+    shore = Shore(home, LARGE)
+    run = shore.store.run(RUN)
+    assert run is not None
+    shore.store.open_run(run.model_copy(update={"quota_parcels": PLENTY, "quota_bytes": PLENTY << 20}))
+    return shore
+
+
 def serve(home: Path, port: int, ready: Any) -> None:
     """The Exchange, until it is killed."""
-    shore = Shore(home, LARGE)
+    shore = server_at(home)
     serving = shore.serve(f"127.0.0.1:{port}")
     ready.send_bytes(b"ready")
     serving.wait()

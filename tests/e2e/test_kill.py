@@ -20,19 +20,15 @@ from typing import Any
 
 import mortals
 import pytest
-from crossing import BASE, RUN, Owner, Shore, make_vector
+from crossing import ROOT_KEY, Owner, Shore, make_bundle, make_vector
 from typer.testing import CliRunner
 
-from common.audit.bundle import Bundle
 from common.audit.cli import app
 from common.ledger import Ledger
-from common.notes import Signer
 from common.parcels import SERVER
-from common.roots import Party, Root, RootMember, SignedRoot, log_origin
-from common.signing import SigningKey
-from server.store import OpenRun
+from common.roots import SignedRoot
 
-KILLS = int(os.environ.get("K", 210))
+KILLS = 210
 JOBS = 100_000  # more than there is time for
 LAST_JOBS = 5
 SEED = 4
@@ -151,13 +147,7 @@ def _free_port() -> int:
 
 
 def _prepare(folder: Path) -> tuple[Shore, list[Owner], list[str]]:
-    shore = Shore(folder / "server", mortals.LARGE)
-    shore.store.open_run(
-        OpenRun(
-            run=RUN, base_digest=BASE, domains=frozenset({"toys", "beauty"}), tensors=mortals.LARGE, rounds=3,
-            metrics=frozenset({"recall@10"}), quota_parcels=mortals.PLENTY, quota_bytes=1 << 40,
-        )
-    )  # fmt: skip
+    shore = mortals.server_at(folder / "server")
     owners = [Owner(folder / name, shore, domain=name) for name in ("beauty", "toys")]
     models = [shore.publish(make_vector(folder / f"m{n}", n, mortals.LARGE)).digest for n in range(6)]
     return shore, owners, models
@@ -167,7 +157,7 @@ def test_nothing_acknowledged_is_lost_or_counted_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shore, domains, models = _prepare(tmp_path)
-    port, random, started_s = _free_port(), Random(SEED), time.monotonic()
+    port, random, started_s = _free_port(), Random(SEED), time.monotonic()  # noqa: S311
     server = Mortal(SERVER, shore.ledger.path, mortals.serve, (shore.home, port))
     owners = [
         Mortal(o.domain, o.ledger.path, mortals.own, (o.home, o.domain, shore.home, port, models, JOBS))
@@ -230,30 +220,7 @@ def _check_store(shore: Shore, owners: list[Mortal]) -> None:
 
 def _check_audit(folder: Path, shore: Shore, domains: list[Owner]) -> None:
     """`isthmus audit verify` of all three ledgers finds nothing."""
-    bundle = Bundle(folder / "bundle", create=True)
-    for name, path, key in (
-        (SERVER, shore.ledger.path, shore.log_key),
-        *((owner.domain, owner.ledger.path, owner.log_key) for owner in domains),
-    ):
-        bundle.put_ledger(name, Ledger(path), Signer(log_origin(name, key.public), key))
-    for stored in shore.store.records():
-        bundle.put_envelopes([shore.store.read_bytes(stored.digest)])
-        bundle.put_payload(stored.payload_digest, shore.store.object_path(stored.payload_digest))
-    for owner in domains:
-        bundle.put_envelopes(path.read_bytes() for path in (owner.home / "outbox").glob("*.dsse"))
-        bundle.put_receipts(path.read_bytes() for path in (owner.home / "outbox").glob("*.receipt"))
-    root_key = SigningKey(b"root" * 8)
-    root = Root(
-        version=1, created_s=1, expires_s=2**40, threshold=1, root_keys=(root_key.public.hex,), witnesses=(),
-        server=Party(identity_key=shore.key.public.hex, log_key=shore.log_key.public.hex),
-        members=tuple(
-            RootMember(
-                domain=owner.domain, pseudonym=owner.member.pseudonym, identity_key=owner.key.public.hex,
-                log_key=owner.log_key.public.hex, certificate_fingerprint=owner.member.certificate_fingerprint,
-            )
-            for owner in domains
-        ),
-    )  # fmt: skip
-    SignedRoot.sign(root, [root_key]).save(folder / "root.json")
+    bundle, root = make_bundle(folder / "bundle", shore, domains)
+    SignedRoot.sign(root, [ROOT_KEY]).save(folder / "root.json")
     found = CliRunner().invoke(app, ["verify", str(bundle.path), "--root", str(folder / "root.json")])
     assert found.exit_code == 0, found.output

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
-from crossing import Owner, Shore, make_catalog, make_metrics, make_vector
+from crossing import Owner, Shore, make_bundle, make_catalog, make_metrics, make_vector
 
 from clients.link import connect
-from common.audit.bundle import Bundle
 from common.audit.verify import verify
 from common.errors import ParcelError
-from common.ledger import Ledger
-from common.notes import Checkpoint, Signer
+from common.notes import Checkpoint
 from common.parcels import SERVER, Kind
-from common.roots import Party, Root, RootMember, log_origin, log_verifier
+from common.roots import log_verifier
 from common.signing import SigningKey
 from common.tls import make_csr
 from common.wire import exchange_pb2 as pb
@@ -52,45 +50,14 @@ def _world(folder: Path) -> tuple[Shore, Owner]:
     return shore, toys
 
 
-def _root(shore: Shore, toys: Owner) -> Root:
-    member = RootMember(
-        domain="toys", pseudonym=toys.member.pseudonym, identity_key=toys.key.public.hex,
-        log_key=toys.log_key.public.hex, certificate_fingerprint=toys.member.certificate_fingerprint,
-    )  # fmt: skip
-    server = Party(identity_key=shore.key.public.hex, log_key=shore.log_key.public.hex)
-    key = SigningKey(b"root" * 8).public.hex
-    return Root(
-        version=1,
-        created_s=1,
-        expires_s=2,
-        threshold=1,
-        root_keys=(key,),
-        server=server,
-        witnesses=(),
-        members=(member,),
-    )
-
-
-def _bundle(folder: Path) -> tuple[Bundle, Root]:
-    shore, toys = _world(folder)
-    made = Bundle(folder / "bundle", create=True)
-    for name, ledger, key in ((SERVER, shore.ledger, shore.log_key), ("toys", toys.ledger, toys.log_key)):
-        made.put_ledger(name, Ledger(ledger.path), Signer(log_origin(name, key.public), key))
-    for stored in shore.store.records():
-        made.put_envelopes([shore.store.read_bytes(stored.digest)])
-        made.put_payload(stored.payload_digest, shore.store.object_path(stored.payload_digest))
-    made.put_envelopes(path.read_bytes() for path in (toys.home / "outbox").glob("*.dsse"))
-    made.put_receipts(path.read_bytes() for path in (toys.home / "outbox").glob("*.receipt"))
-    return made, _root(shore, toys)
-
-
 class _NotCleanError(ParcelError):
     """The auditor's refusal: a report with findings."""
 
 
 def _part(glob: str) -> Make:
     def make(folder: Path) -> Decoder:
-        bundle, root = _bundle(folder)
+        shore, toys = _world(folder)
+        bundle, root = make_bundle(folder / "bundle", shore, [toys])
         kept = {path: path.read_bytes() for path in sorted(bundle.path.glob(glob))}
         target, sample = next(iter(kept.items()))
 
