@@ -225,10 +225,11 @@ def _read_table(path: Path, schema: pa.Schema | None) -> pa.Table:
     """Read Parquet; with no `schema` every column must be a string. No nulls anywhere."""
     try:
         table = pq.read_table(path)
+        names = table.column_names
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise DataError(f"{path}: not readable Parquet", next_step="prepare this domain again") from None
     if schema is None:
-        schema = pa.schema([(name, pa.string()) for name in table.column_names])
+        schema = pa.schema([(name, pa.string()) for name in names])
     if not table.schema.equals(schema):
         raise DataError(f"{path}: columns or types are not the expected", next_step="prepare it again")
     if any(column.null_count for column in table.columns):
