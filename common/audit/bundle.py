@@ -20,7 +20,7 @@ from pathlib import Path
 from common.checkpoints import CHECKPOINT, sign_checkpoint
 from common.errors import ConfigError
 from common.files import copy_hashed, sha256_bytes, storage_errors, write_atomic
-from common.ledger import Ledger
+from common.ledger import LINE_BYTES, Ledger
 from common.notes import Signer
 from common.statements import DIGEST_PATTERN, NAME_PATTERN
 
@@ -51,9 +51,10 @@ class Bundle:
 
     def checkpoint(self, shore: str) -> str | None:
         """The newest checkpoint of `shore` as text, or None."""
+        data = _small_file(self.path / "shores" / shore / CHECKPOINT)
         try:
-            return (self.path / "shores" / shore / CHECKPOINT).read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError):
+            return None if data is None else data.decode("utf-8")
+        except UnicodeDecodeError:
             return None
 
     def envelope(self, digest: str) -> bytes | None:
@@ -70,11 +71,8 @@ class Bundle:
         return path if re.fullmatch(DIGEST_PATTERN, digest) and path.is_file() else None
 
     def _read(self, kind: str, digest: str) -> bytes | None:
-        try:
-            data = (self.path / kind / f"{digest}.dsse").read_bytes()
-        except FileNotFoundError:
-            return None
-        return data if sha256_bytes(data) == digest else None
+        data = _small_file(self.path / kind / f"{digest}.dsse")
+        return data if data is not None and sha256_bytes(data) == digest else None
 
     # Putting in
 
@@ -105,3 +103,10 @@ class Bundle:
     def put_root(self, data: bytes) -> None:
         """Add the root file as the exporting shore knows it. Raises StorageError."""
         write_atomic(self.path / ROOT, data)
+
+
+def _small_file(path: Path) -> bytes | None:
+    """What is in a file; None where there is none, or a folder, a pipe or a huge file under its name."""
+    if not path.is_file() or path.stat().st_size > LINE_BYTES:
+        return None
+    return path.read_bytes()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import resource
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from crossing import BASE, RUN, Owner, Shore, make_vector
+from crossing import BASE, RUN, Owner, Shore, make_bundle, make_vector
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,6 +20,7 @@ from clients.data import readers
 from clients.data.domain import Domain
 from clients.data.records import KINDS, Issues
 from clients.link import connect
+from common.audit.verify import verify
 from common.catalog import Catalog
 from common.errors import ConfigError, DataError, ParcelError, VectorError
 from common.kit import read_kit
@@ -144,3 +146,24 @@ def test_a_download_from_behind_the_end(tmp_path: Path) -> None:
         request = pb.DownloadRequest(digest=digest, offset=2**64 - 1)
         (reply,) = rpc.ExchangeStub(channel).Download(request, timeout=20)
     assert reply.refused.reason == "protocol"
+
+
+@pytest.mark.parametrize("glob", ["shores/server/checkpoint", "parcels/*", "receipts/*"])
+@pytest.mark.parametrize("put", ["folder", "pipe", "huge"])
+def test_a_bundle_with_something_else_under_a_name(tmp_path: Path, glob: str, put: str) -> None:
+    shore = Shore(tmp_path / "server")
+    toys = Owner(tmp_path / "toys", shore)
+    with shore.serve() as serving:
+        toys.client(f"127.0.0.1:{serving.port}").send(toys.vector())
+    bundle, root = make_bundle(tmp_path / "bundle", shore, [toys])
+    assert verify(bundle, root).clean
+    target = next(bundle.path.glob(glob))
+    target.unlink()
+    if put == "folder":
+        target.mkdir()
+    elif put == "pipe":
+        os.mkfifo(target)
+    else:
+        with target.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+    assert not verify(bundle, root).clean
