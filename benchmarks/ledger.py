@@ -25,7 +25,7 @@ from common.merkle import Tree, leaf_hash, verify_consistency, verify_inclusion
 
 TURNS = 5
 PROOFS = 1000
-RUN_ENTRIES = {"a domain": 28, "the server": 100}  # of the demo: four domains, seven candidates
+RUN_ENTRIES = {"a domain": 28, "the server": 100}  # of the demo, four domains
 RUN_S = 480.0
 
 

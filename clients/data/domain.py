@@ -218,6 +218,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(record.get(key), kind):
             raise DataError(f"{path}: {key!r} must be a {kind.__name__}", next_step="prepare it again")
+    if not all(isinstance(name, str) for name in record["public_attributes"]):
+        raise DataError(f"{path}: 'public_attributes' must be names", next_step="prepare it again")
     return record
 
 

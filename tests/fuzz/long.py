@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -176,5 +176,5 @@ def main() -> int:
     ]
     print(f"{'all':28} {sums[0]:9} {sums[1]:9} {sums[2]:9} {sums[3]:8}")
     if options.out:
-        options.out.write_text(json.dumps([asdict(found) for found in total], indent=1) + "\n")
+        options.out.write_text(json.dumps([vars(found) for found in total], indent=1) + "\n")
     return 1 if sums[3] else 0

@@ -114,6 +114,19 @@ def test_numbers_of_thousands_of_digits(tmp_path: Path) -> None:
     assert found.items.rows == {"i": {"title": "oak"}}  # type: ignore[attr-defined]
 
 
+def test_a_user_number_of_thousands_of_digits(tmp_path: Path) -> None:
+    files = {
+        "meta_data.json": b'{"i":{"title":"oak"}}',
+        "smap.json": b'{"i":0}',
+        "umap.json": b'{"u":0}',
+        "train.json": b'{"%s":[0]}' % (b"9" * 5000),
+        "val.json": b"{}",
+        "test.json": b"{}",
+    }
+    with pytest.raises(DataError, match="no user number"):
+        _read(tmp_path, files)
+
+
 @pytest.mark.parametrize(
     ("interactions", "what"),
     [
@@ -125,6 +138,14 @@ def test_numbers_of_thousands_of_digits(tmp_path: Path) -> None:
 def test_tables_that_are_none(tmp_path: Path, interactions: bytes, what: str) -> None:
     with pytest.raises(DataError, match=what):
         _read(tmp_path, {"interactions.csv": interactions, "items.csv": b"item_id,title\ni,oak\n"})
+
+
+def test_a_domain_folder_whose_public_attributes_are_no_names(tmp_path: Path, make_domain: object) -> None:
+    make_domain().save(tmp_path / "pico")  # type: ignore[operator]
+    path = tmp_path / "pico" / "domain.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "public_attributes": [["title"]]}))
+    with pytest.raises(DataError, match="public_attributes"):
+        Domain.load(tmp_path / "pico")
 
 
 def test_a_domain_folder_with_text_that_is_no_text(tmp_path: Path, make_domain: object) -> None:
