@@ -210,7 +210,7 @@ class Domain:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         record = None
     kinds = {"name": str, "synthetic": bool, "public_attributes": list, "provenance": dict}
     if not isinstance(record, dict) or record.get("schema") != SCHEMA_VERSION:

@@ -146,6 +146,9 @@ def test_a_domain_folder_whose_public_attributes_are_no_names(tmp_path: Path, ma
     path.write_text(json.dumps({**json.loads(path.read_text()), "public_attributes": [["title"]]}))
     with pytest.raises(DataError, match="public_attributes"):
         Domain.load(tmp_path / "pico")
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not JSON"):
+        Domain.load(tmp_path / "pico")
 
 
 def test_a_domain_folder_with_text_that_is_no_text(tmp_path: Path, make_domain: object) -> None:
