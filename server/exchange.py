@@ -81,7 +81,7 @@ class ExchangeService:
         """A published parcel, from `offset` on."""
         with no_text(context):
             try:
-                parcel = self._published(request.digest, _member(self._intake, context))
+                parcel = self._published(request.digest, request.offset, _member(self._intake, context))
             except RefusedError as err:
                 yield pb.DownloadReply(refused=_refused(err))
                 return
@@ -94,7 +94,7 @@ class ExchangeService:
                 while chunk := source.read(CHUNK_BYTES):
                     yield pb.DownloadReply(chunk=chunk)
 
-    def _published(self, digest: str, member: Member) -> Parcel:
+    def _published(self, digest: str, offset: int, member: Member) -> Parcel:
         store = self._intake.store
         known = {stored.digest: stored for stored in store.find(direction="out")}
         stored, parcel = known.get(digest), None
@@ -104,6 +104,8 @@ class ExchangeService:
             raise RefusedError("no such parcel for this domain", reason="unknown-parcel")
         if store.is_withdrawn(digest):
             raise RefusedError("a vector in this model was withdrawn", reason="withdrawn")
+        if offset > parcel.header.payload_bytes:
+            raise RefusedError("the payload is shorter than that offset", reason="protocol")
         self._intake.ledger.record_once(
             Crossing(
                 direction="out",
