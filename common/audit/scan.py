@@ -26,8 +26,8 @@ from common.audit.encodings import MAX_VIEW_BYTES, TECHNIQUES
 from common.errors import ConfigError
 
 MISSES = (
-    "a canary in a stream without a header (raw deflate, brotli), under any cipher or XOR, "
-    "in the low bits of numbers, as rescaled numbers, as a hash, or split over several places"
+    "a value in a stream without a header (raw deflate, brotli), under a cipher or XOR, in the low bits of "
+    "numbers, as rescaled numbers, as a hash, or split over several places"
 )
 DEPTH = 4
 MIN_BYTES = 8  # what is shorter is found by chance

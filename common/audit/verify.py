@@ -21,6 +21,7 @@ from typing import Any
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
+from common.audit.scan import MISSES
 from common.errors import IsthmusError, LedgerError, ParcelError
 from common.files import sha256_bytes
 from common.ledger import LINE_BYTES, Crossing, lines, walk
@@ -37,6 +38,7 @@ LIMITS = (
     "what a task vector or a metric says about the data behind it: neither is anonymous",
     "what control messages said: they are recorded by digest and size",
     "that the two shores did not agree to keep the same false books",
+    f"that allowed bytes hide nothing: no scan of the traffic finds {MISSES}",
 )
 Progress = Callable[[str, int, int], None]
 
