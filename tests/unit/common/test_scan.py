@@ -122,3 +122,10 @@ def test_the_command_finds_a_leak_and_says_what_it_would_miss(tmp_path: Path) ->
     assert "212" not in leak.output  # a canary is private: it is named by its number
     with pytest.raises(ConfigError, match="no captured stream"):
         Scanner(OTHERS).scan(tmp_path / "none")
+
+
+def test_a_canary_across_blocks_or_at_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.audit.scan._Search._BLOCK", 64)
+    for before in range(130):
+        assert scan(NOISE[:before] + USER.encode(), USER).found == {0}
+        assert scan(NOISE[:before] + USER.encode() + NOISE[:9], USER).found == {0}
