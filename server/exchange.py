@@ -193,7 +193,7 @@ class LogService:
                 note = str(sign_checkpoint(ledger, self._home.log_signer))
                 size = len(ledger)
                 proof = ledger.consistency(request.since, size) if request.since <= size else []
-                sent = len(note) + HASH_BYTES * len(proof)
+                sent = len(note.encode()) + HASH_BYTES * len(proof)
                 ledger.record(Crossing.of_checkpoint("out", member.domain, note, sent))
             return pb.GetCheckpointReply(note=note, proof=proof)
 
@@ -218,13 +218,20 @@ class LogService:
         """Cosign a member's ledger; keep its cosignature of ours, if it brings one."""
         with no_text(context):
             member = _member(self._intake, context)
-            size = len(request.note) + len(request.cosigned) + HASH_BYTES * len(request.proof)
+            size = len(request.note.encode()) + len(request.cosigned.encode())
+            size += sum(len(node) for node in request.proof)
             self._home.ledger.record(Crossing.of_checkpoint("in", member.domain, request.note, size))
             try:
                 self._keep_cosigned(member, request.cosigned)
             except (ParcelError, ProofError) as err:
                 return pb.AddCheckpointReply(refused=pb.Refused(reason=err.code, text=err.message))
-            return add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.logs()), request)
+            reply = add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.logs()), request)
+            if reply.cosigned:
+                note = reply.cosigned
+                self._home.ledger.record(
+                    Crossing.of_checkpoint("out", member.domain, note, len(note.encode()))
+                )
+            return reply
 
     def _keep_cosigned(self, member: Member, cosigned: str) -> None:
         if not cosigned:

@@ -88,7 +88,8 @@ def _pem(der: bytes) -> bytes:
 def test_join_kits_that_cannot_be_used(tmp_path: Path, changes: dict[str, str]) -> None:
     kit = {
         "schema_version": 1, "domain": "toys", "server": "s", "fleet": "f", "exchange": "e", "enrol": "n",
-        "public_key": "k", "fingerprint": "p", "ca_certificate": "c", "fab_sha256": "d", "token": "t", "keys": "e",
+        "public_key": "k", "fingerprint": "p", "ca_certificate": "c", "fab_sha256": "d", "token": "t",
+        "keys": "e",
     }  # fmt: skip
     (tmp_path / "kit").write_text(json.dumps(kit))
     assert read_kit(tmp_path / "kit").domain == "toys"
