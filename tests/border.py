@@ -25,6 +25,7 @@ from common.audit.deframe import deframe
 from common.tls import TlsFiles
 
 READ_BYTES = 256 << 10
+SHUTDOWN_S = 1.0
 HELLO_BYTES = 4096  # of each direction of a flow: where TLS is not yet secret
 ETH_P_ALL, IPV4, ARP, TCP = 3, 0x0800, 0x0806, 6
 CARRIES = {  # the fields of each call that the ledgers have as bytes: (towards the server, back)
@@ -85,7 +86,9 @@ class Tap:
         if self._owner is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self._server.ca)
-        async with await asyncio.start_server(self._relay, sock=self._listener, ssl=context):
+        async with await asyncio.start_server(
+            self._relay, sock=self._listener, ssl=context, ssl_shutdown_timeout=SHUTDOWN_S
+        ):
             await self._stop.wait()
         open_ = asyncio.all_tasks() - {asyncio.current_task()}
         for task in open_:
@@ -119,19 +122,25 @@ class Tap:
         try:
             upstream.setblocking(False)
             await self._loop.sock_connect(upstream, (self._address, self._target))
-            return await asyncio.open_connection(sock=upstream, ssl=context, server_hostname=self._address)
+            return await asyncio.open_connection(
+                sock=upstream,
+                ssl=context,
+                server_hostname=self._address,
+                ssl_shutdown_timeout=SHUTDOWN_S,
+            )
         except BaseException:
             upstream.close()
             raise
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, path: Path) -> None:
-        with path.open("wb") as kept:
-            with contextlib.suppress(ConnectionError, ssl.SSLError):
-                while chunk := await source.read(READ_BYTES):
+        path.touch()
+        with contextlib.suppress(OSError, ssl.SSLError):
+            while chunk := await source.read(READ_BYTES):
+                with path.open("ab") as kept:
                     kept.write(chunk)
-                    sink.write(chunk)
-                    await sink.drain()
-            sink.close()
+                sink.write(chunk)
+                await sink.drain()
+        sink.close()
 
 
 @dataclass
