@@ -18,7 +18,6 @@ import math
 import random
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,6 @@ import safetensors
 from crossing import BASE, RUN, make_vector
 from safetensors.numpy import save
 
-from clients.data import readers
-from clients.data.domain import Domain
-from clients.data.records import KINDS, Issues
 from common import canonical, merkle
 from common.catalog import Catalog
 from common.config import RunConfig
@@ -98,7 +94,8 @@ def decoder(make: Make) -> Make:
     return make
 
 
-def _json(value: Any) -> bytes:
+def encoded(value: Any) -> bytes:
+    """Compact JSON with sorted keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -118,7 +115,7 @@ def _sealed(payload: bytes, payload_type: str = STATEMENT_TYPE, key: SigningKey 
         "payloadType": payload_type,
         "signatures": [signature],
     }
-    return _json(outer)
+    return encoded(outer)
 
 
 # Signed statements
@@ -149,7 +146,7 @@ def envelope(_: Path) -> Decoder:
         statement = Sealed.parse(data).open(KEY.public)
         assert seal(statement, KEY) == data
 
-    return Decoder(tuple(map(_json, statements)), read, _sealed, tuple(known))
+    return Decoder(tuple(map(encoded, statements)), read, _sealed, tuple(known))
 
 
 def _header(folder: Path) -> Header:
@@ -246,13 +243,13 @@ def order(_: Path) -> Decoder:
                 statement["config"] = json.dumps(statement["config"])
         except (ValueError, KeyError, TypeError, RecursionError):
             return _sealed(data, PAYLOAD_TYPE)
-        return _sealed(_json(statement), PAYLOAD_TYPE)
+        return _sealed(encoded(statement), PAYLOAD_TYPE)
 
     def read(data: bytes) -> None:
         found = Order.open(data, KEY.public, "toys")
         assert Order.open(found.sign(KEY), KEY.public, "toys") == found
 
-    return Decoder(tuple(map(_json, statements)), read, wrap, envelopes)
+    return Decoder(tuple(map(encoded, statements)), read, wrap, envelopes)
 
 
 @decoder
@@ -402,7 +399,7 @@ def _proof_sample(at: int, size: int, of: bytes, proof: list[bytes], root: bytes
         "proof": [node.hex() for node in proof],
         "root": root.hex(),
     }
-    return _json(fields)
+    return encoded(fields)
 
 
 @decoder
@@ -447,7 +444,7 @@ def _chained(data: bytes) -> bytes:
     bodies = json.loads(data)
     prev, lines = "0" * 64, []
     for index, body in enumerate(bodies if isinstance(bodies, list) else [bodies]):
-        lines.append(_json({"body": body, "index": index, "prev": prev}))
+        lines.append(encoded({"body": body, "index": index, "prev": prev}))
         prev = hashlib.sha256(lines[-1]).hexdigest()
     return b"".join(line + b"\n" for line in lines)
 
@@ -471,7 +468,7 @@ def ledger_lines(folder: Path) -> Decoder:
             again += line + b"\n"
         assert again == data
 
-    bodies = _json([json.loads(line)["body"] for line in sample.splitlines()])
+    bodies = encoded([json.loads(line)["body"] for line in sample.splitlines()])
     return Decoder((bodies,), read, _chained_or_raw, (sample,))
 
 
@@ -565,7 +562,7 @@ def catalog(folder: Path) -> Decoder:
     columns = [["item_id", made.item_ids], *([name, values] for name, values in made.attributes.items())]
     metadata = {"isthmus.catalog": "1", "isthmus.domain": "toys"}
     described = [
-        _json(
+        encoded(
             {"columns": columns, "metadata": metadata, "compression": compression, "dictionary": dictionary}
         )
         for compression, dictionary in (("zstd", 1), ("none", 0), ("snappy", 1))
@@ -683,170 +680,16 @@ def certificate(folder: Path) -> Decoder:
     return Decoder((_der(pem),), read, _pem(b"CERTIFICATE"), (pem,))
 
 
-# An owner's data, as it was fetched from somewhere
-
-
-def _rows(separator: str, *rows: tuple[str, ...]) -> bytes:
-    return "".join(separator.join(row) + "\n" for row in rows).encode()
-
-
-_TRIPLES = [(f"u{user}", f"i{item}", str(1000 + 10 * user + item)) for user in range(3) for item in range(4)]
-_REVIEWS = b"".join(
-    _json({"reviewerID": u, "asin": i, "unixReviewTime": int(t)}) + b"\n" for u, i, t in _TRIPLES
-)
-_METADATA = b"".join(
-    _json({"asin": f"i{n}", "title": f"<b>oak</b> spoon {n}", "brand": "by x", "category": ["a", "b"]})
-    + b"\n"
-    for n in range(4)
-)
-_NEW = b"".join(_json({"user_id": u, "parent_asin": i, "timestamp": int(t)}) + b"\n" for u, i, t in _TRIPLES)
-_NEW_ITEMS = b"".join(
-    _json(
-        {"parent_asin": f"i{n}", "title": "oak", "store": "x", "categories": ["a"], "details": {"Brand": "y"}}
-    )
-    + b"\n"
-    for n in range(4)
-)
-_NUMBERED = {
-    "meta_data.json": {f"i{n}": {"title": "oak", "brand": "x", "category": "a"} for n in range(4)},
-    "smap.json": {f"i{n}": n for n in range(4)},
-    "umap.json": {f"u{n}": n for n in range(3)},
-    "train.json": {str(n): [0, 1] for n in range(3)},
-    "val.json": {str(n): [2] for n in range(3)},
-    "test.json": {str(n): [3] for n in range(3)},
-}
-
-
-def _table(**columns: list[Any]) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue()
-
-
-def _archive() -> bytes:
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w:gz") as archive:
-        for name, content in _NUMBERED.items():
-            member = tarfile.TarInfo(f"x/{name}")
-            member.size = len(_json(content))
-            archive.addfile(member, io.BytesIO(_json(content)))
-    return sink.getvalue()
-
-
-_USERS, _ITEMS, _TIMES = (list(column) for column in zip(*_TRIPLES, strict=True))
-SOURCES: dict[str, tuple[str, dict[str, bytes]]] = {  # name: format, files; each file is fuzzed
-    "csv": (
-        "columns",
-        {
-            "interactions.csv": _rows(",", ("user_id", "item_id", "timestamp"), *_TRIPLES),
-            "items.csv": _rows(",", ("item_id", "title"), *((f"i{n}", f'"oak, {n}"') for n in range(4))),
-        },
-    ),
-    "jsonl": (
-        "columns",
-        {"interactions.jsonl": _NEW, "items.jsonl": _NEW_ITEMS},
-    ),
-    "parquet": (
-        "columns",
-        {
-            "interactions.parquet": _table(
-                user_id=_USERS, item_id=_ITEMS, timestamp=[int(t) for t in _TIMES]
-            ),
-            "items.parquet": _table(item_id=[f"i{n}" for n in range(4)], title=["oak"] * 4),
-        },
-    ),
-    "recbole": (
-        "recbole",
-        {
-            "x.inter": _rows("\t", ("user_id:token", "item_id:token", "timestamp:float"), *_TRIPLES),
-            "x.item": _rows(
-                "\t", ("item_id:token", "item_name:token_seq"), *((f"i{n}", "oak") for n in range(4))
-            ),
-        },
-    ),
-    "movielens": (
-        "movielens",
-        {
-            "ratings.dat": _rows("::", *((u, i, "5", t) for u, i, t in _TRIPLES)),
-            "movies.dat": _rows("::", *((f"i{n}", "Oak (1990)", "Drama|War") for n in range(4))),
-        },
-    ),
-    "amazon2014": (
-        "amazon2014",
-        {
-            "reviews_X_5.json": _REVIEWS,
-            "meta_X.json": b"".join(
-                b"{'asin': 'i%d', 'title': 'oak', 'categories': [['a', 'b'], ['c']]}\n" % n for n in range(4)
-            ),
-        },
-    ),
-    "amazon2018": ("amazon2018", {"X_5.json": _REVIEWS, "meta_X.json": _METADATA}),
-    "amazon2023": ("amazon2023", {"X.jsonl": _NEW, "meta_X.jsonl": _NEW_ITEMS}),
-    "mergerec": ("mergerec", {name: _json(content) for name, content in _NUMBERED.items()}),
-    "mergerec-archive": ("mergerec", {"x.tar.gz": _archive()}),
-}
-
-
-def _reader(source: str, name: str) -> Make:
-    format_name, files = SOURCES[source]
-
-    def make(folder: Path) -> Decoder:
-        for other, content in files.items():
-            (folder / other).write_bytes(content)
-        where = folder / name if name.endswith(".gz") else folder
-
-        def read(data: bytes) -> None:
-            (folder / name).write_bytes(data)
-            options = readers.ReadOptions()
-            found = readers.read(where, Issues(KINDS), options, format_name)
-            rows = found.interactions
-            assert len(rows.user_N) == len(rows.item_N) == len(rows.time_N) == len(rows.line_N) > 0
-            assert np.isfinite(rows.time_N).all()
-            assert all(len(text) <= 1000 for row in found.items.rows.values() for text in row.values())
-
-        return Decoder((files[name],), read)
-
-    return make
-
-
-for _source, (_, _files) in SOURCES.items():
-    for _name in _files:
-        DECODERS[f"data-{_source}-{_name.split('.')[0].replace('_', '-')}"] = _reader(_source, _name)
-
-
-def _domain_file(name: str) -> Make:
-    def make(folder: Path) -> Decoder:
-        one = np.array([0, 1], dtype=np.int32)
-        domain = Domain(
-            name="toys", item_ids=["a", "b"], attributes={"title": ["oak", "red"]}, user_ids=["u", "v"],
-            train=[one, one], valid=one, test=one, public_attributes=("title",),
-        )  # fmt: skip
-        domain.save(folder / "toys")
-        sample = (folder / "toys" / name).read_bytes()
-
-        def read(data: bytes) -> None:
-            (folder / "toys" / name).write_bytes(data)
-            assert Domain.load(folder / "toys").interactions > 0
-
-        return Decoder((sample,), read)
-
-    return make
-
-
-for _name in ("domain.json", "items.parquet", "sequences.parquet"):
-    DECODERS[f"domain-folder-{_name.split('.')[0]}"] = _domain_file(_name)
-
-
 def names() -> Iterator[str]:
     """All decoders, those of the wire and of bundles included."""
-    from fuzz import crossings
+    from fuzz import crossings, sources
 
-    yield from {**DECODERS, **crossings.DECODERS}
+    yield from {**DECODERS, **sources.DECODERS, **crossings.DECODERS}
 
 
 def made(name: str, folder: Path) -> Decoder:
     """The decoder `name`, with `folder` for its files."""
-    from fuzz import crossings
+    from fuzz import crossings, sources
 
     folder.mkdir(parents=True, exist_ok=True)
-    return {**DECODERS, **crossings.DECODERS}[name](folder)
+    return {**DECODERS, **sources.DECODERS, **crossings.DECODERS}[name](folder)
