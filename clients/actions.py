@@ -1,4 +1,4 @@
-"""What an owner does when it is asked: contribute, evaluate, install. Each step once, whatever is killed.
+"""What an owner does when it is asked: contribute, evaluate, install, revoke. Each once, whatever is killed.
 
 Every fact is journaled before the next step begins: the order before the work, the sealed parcel before
 the upload, the receipt before the reply. So the same order asked twice (by a server that lost its
@@ -26,13 +26,14 @@ from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
-from common.errors import BaseMismatchError, GateError, PolicyError, RefusedError, TransportError
+from common.errors import BaseMismatchError, GateError, ParcelError, PolicyError, RefusedError, TransportError
 from common.files import sha256_bytes, write_atomic
 from common.models.base import model_digest, resolve_base, trainable_tensors
-from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
+from common.orders import CONTRIBUTE, EVALUATE, INSTALL, REVOKE, Order
 from common.parcels import SERVER, Codec, Kind, bucket, draft
 from common.payloads import encode_values
 from common.progress import StatusFile
+from common.revocation import Revocation
 
 log = logging.getLogger(__name__)
 ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
@@ -67,8 +68,13 @@ class Actions:
                 raise PolicyError(isolation.IMPOSSIBLE, next_step=isolation.IMPOSSIBLE_STEP)
         self._home.gate.agree(order.run, order.base_digest, tensors, labels_of(order.config))
         self._home.journal.put(key, fact)
-        step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
-        step(order, base)
+        steps = {
+            CONTRIBUTE: self._contribute,
+            EVALUATE: self._evaluate,
+            INSTALL: self._install,
+            REVOKE: self._revoke,
+        }
+        steps[order.action](order, base)
         self._watch()
         self._home.journal.put(key, {**fact, "done": True})
         self._home.keep_checkpoint()
@@ -145,6 +151,18 @@ class Actions:
             shutil.rmtree(composed)
         self._compare(order, installed, result["evaluations"][UNIVERSAL]["metrics"])
         self._send_metrics(order, result)
+
+    def _revoke(self, order: Order, _base: Path) -> None:
+        """Remember which vector was withdrawn and which models hold it (`ClientHome.is_withdrawn`)."""
+        folder = self._home.work(order.run) / "candidates"
+        for wanted in order.candidates:
+            parcel = self._exchange.fetch(wanted.parcel, folder)
+            header = parcel.header
+            if (header.kind, header.base_digest) != (Kind.REVOCATION, order.base_digest):
+                raise ParcelError("what the server gave is not a revocation about this base model")
+            said = Revocation.decode(parcel.payload.read_bytes())
+            for digest in (said.payload, *said.models):
+                self._home.journal.put(f"withdrawn/{digest}", {"run": header.run})
 
     def _compare(self, order: Order, installed: Path, universal: Mapping[str, float]) -> None:
         """Keep beside the model how it and the domain's own do on the test users; say where it is worse."""

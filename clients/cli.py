@@ -96,6 +96,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         "server": opened.config.server.name,
         "now": read_status(opened.status_path),
         "model": None if installed is None else str(installed),
+        "withdrawn": installed is not None and opened.is_withdrawn(installed.name),
         "comparison": compared,
     }
     if as_json:
@@ -106,6 +107,8 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         f"{opened.config.domain}: {now.get('phase', 'idle')} {now.get('step', '')}/{now.get('total', '')}"
     )
     typer.echo(f"model: {record['model'] or 'none installed'}")
+    if record["withdrawn"]:
+        typer.echo("a vector in this model was withdrawn; the next universal model takes its place")
     if compared is not None:
         typer.echo(_compared(compared))
 
@@ -169,11 +172,35 @@ def witness(
 
 
 @app.command()
+def withdraw(
+    run: Annotated[str, typer.Argument(help="run id, or how it begins; default: the newest one")] = "",
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Tell the server that it may merge your task vector no more. You send it to nobody again, either."""
+    from clients.withdrawal import ask
+
+    opened = _open(home)
+    run_id, receipt = ask(opened, run)
+    typer.echo(f"{run_id}: your vector is withdrawn; entry {receipt.index} of the server's ledger says so")
+    typer.echo(
+        "its operator can now publish a model without it: isthmus run withdraw; what others have, stays"
+    )
+
+
+@app.command()
 def rollback(home: HomeOption = DEFAULT_HOME) -> None:
     """Go back to the universal model that was installed before."""
+    from clients.serving import previous
     from clients.serving import rollback as do_rollback
 
-    typer.echo(f"installed again: {do_rollback(_open(home).path)}")
+    opened = _open(home)
+    before = previous(opened.path)
+    if before is not None and opened.is_withdrawn(before.name):
+        raise ConfigError(
+            "the previous universal model holds a vector that its owner withdrew",
+            next_step="keep the present one: isthmus client status",
+        )
+    typer.echo(f"installed again: {do_rollback(opened.path)}")
 
 
 @app.command()

@@ -36,6 +36,7 @@ from common.ledger import Crossing, Journal, Ledger
 from common.notes import Checkpoint, Note
 from common.parcels import SERVER, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
+from common.revocation import Revocation
 from common.rotation import Rotation
 from common.signing import PublicKey, SigningKey
 from common.statements import CODE_PATTERN
@@ -91,7 +92,8 @@ class EgressGate:
     def release(self, header: Header, payload: Path) -> Parcel:
         """Check and sign; the same payload for the same run, round and kind gives the same parcel again.
 
-        The header's ledger checkpoint is set here. Raises GateError, StorageError.
+        The header's ledger checkpoint is set here. Raises GateError, StorageError, and RefusedError
+        (`withdrawn`) for a vector that was taken back.
         """
         key = f"release/{header.run}/{header.round}/{header.kind}/{header.payload_digest}"
         parcel = self._released_before(key)
@@ -110,6 +112,8 @@ class EgressGate:
                 self.journal.put(key, facts)
                 self.journal.put(f"released/{parcel.digest}", {})
         header = parcel.header
+        if self.journal.get(f"withdrawn/{header.payload_digest}") is not None:
+            raise RefusedError("this vector was withdrawn: it is not sent again", reason="withdrawn")
         self._log("parcel", parcel.envelope, header.payload_bytes, header.kind, header.run)
         return parcel
 
@@ -213,6 +217,10 @@ class EgressGate:
             self._check_catalog(header, facts, copy)
         elif header.kind in (Kind.METRICS, Kind.FITNESS):
             self._check_metrics(header, facts)
+        elif header.kind is Kind.REVOCATION:
+            said = Revocation.decode(copy.read_bytes())
+            if said.models or not self.is_released(said.vector):
+                raise GateError("a revocation names a vector that passed here, and nothing else")
         else:
             for name in facts.values:
                 if name not in self.policy.card_fields:

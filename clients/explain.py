@@ -32,6 +32,7 @@ _WORDS = {
     Kind.TASK_VECTOR: "task vector: what fine-tuning changed in the model",
     Kind.METRICS: "metrics",
     Kind.FITNESS: "fitness of merge candidates",
+    Kind.REVOCATION: "revocation: that your own vector may be merged no more",
 }
 
 

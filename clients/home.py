@@ -119,6 +119,10 @@ class ClientHome(LedgerHome):
         """What was asked, done and receipted."""
         return Journal(self.path / "journal.jsonl")
 
+    def is_withdrawn(self, digest: str) -> bool:
+        """Whether a revocation named this vector (its payload's digest) or model."""
+        return self.journal.get(f"withdrawn/{digest}") is not None
+
     @cached_property
     def tls(self) -> TlsFiles:
         """CA certificate, own certificate and key for the data channel."""

@@ -25,18 +25,27 @@ from common.tensorfile import ITEM_BYTES
 POLICY = "policy.toml"
 CARD_FIELDS = ("interactions_bucket", "items", "synthetic", "users_bucket")
 REPLY_FIELDS = ("code", "parcel", "receipt", "round", "run", "status")
-SENDABLE = (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS)
+SENDABLE = (
+    Kind.DOMAIN_CARD,
+    Kind.CATALOG,
+    Kind.TASK_VECTOR,
+    Kind.METRICS,
+    Kind.FITNESS,
+    Kind.REVOCATION,
+)
 NEEDED = (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR)
 Shapes = Mapping[str, tuple[int, ...]]
-SendableKind = Literal[Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS]
+SendableKind = Literal[
+    Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS, Kind.REVOCATION
+]
 
 
 class EgressPolicy(Frozen):
     """What this owner lets out. Defaults are what a run needs and no more."""
 
     kinds: tuple[SendableKind, ...] = Field(
-        (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS),
-        description="Kinds of parcels that may leave. A run needs the first three",
+        (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.REVOCATION),
+        description="Kinds of parcels that may leave. A run needs the first three, `withdraw` the last",
     )
     codecs: tuple[Codec, ...] = Field(
         (Codec.BF16, Codec.FP32, Codec.PARQUET, Codec.JSON),

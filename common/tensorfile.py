@@ -96,7 +96,7 @@ def tensor_facts(path: Path) -> list[dict[str, Any]]:
         facts = []
         for entry in read_index(path):
             digest = hashlib.sha256()
-            for block in _blocks(source, entry):
+            for block in tensor_blocks(source, entry):
                 digest.update(block)
             facts.append(
                 {
@@ -127,7 +127,7 @@ def rewrite(source: Path, target: Path, dtype: str) -> None:
     with source.open("rb") as reader, storage_errors(target), target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            for block in _blocks(reader, entry):
+            for block in tensor_blocks(reader, entry):
                 values = as_float32(block, entry.dtype)
                 if not np.isfinite(values).all():
                     raise VectorError(f"tensor {entry.name}: holds NaN or infinity")
@@ -186,7 +186,7 @@ def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-def _blocks(source: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
+def tensor_blocks(source: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
     """The tensor's bytes in blocks of about a MiB that never split a value."""
     source.seek(entry.start)
     left = entry.size_bytes
@@ -209,7 +209,7 @@ def _read(source: BinaryIO, entry: TensorEntry) -> TensorReading:
     digest, finite, position = hashlib.sha256(), True, 0
     columns = math.prod(entry.shape[1:])
     squares_R = np.zeros(entry.shape[0] if len(entry.shape) > 1 else 1)  # R: rows
-    for block in _blocks(source, entry):
+    for block in tensor_blocks(source, entry):
         digest.update(block)
         values = as_float32(block, entry.dtype)
         finite = finite and bool(np.isfinite(values).all())

@@ -40,6 +40,8 @@ def render(summary: Json, events: Sequence[Json]) -> str:
         "Training": sections.training(summary, events),
         "What crossed": sections.crossings(summary),
         "Domains": sections.domains(summary),
+        "Vectors": sections.vectors(summary),
+        "Without each vector": sections.leave_one_out(summary),
         "Time and memory": sections.costs(summary),
         "Limits": sections.limits(summary),
         "Configuration": sections.configuration(summary),

@@ -8,6 +8,7 @@ the owner's runner code (`clients.runner.handle`), which calls the installed Cli
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections import defaultdict
@@ -149,6 +150,30 @@ def call_owner(path: Path, message: Message, fab: str) -> Message:
 def unreachable(message: Message) -> Message:
     """What Flower says of a node that does not answer."""
     return Message(Error(UNREACHABLE, "node unavailable"), reply_to=message)
+
+
+def dying(target: Callable[..., Any], *, after: bool = False, call: int = 1) -> Callable[..., Any]:
+    """`target`, but its `call`-th call (and no later one) raises KilledError before or after the work."""
+    calls = []
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) != call:
+            return target(*arguments, **options)
+        if after:
+            target(*arguments, **options)
+        raise KilledError
+
+    return wrapped
+
+
+def resolve(name: str) -> Any:
+    """The object that `monkeypatch.setattr(name, ...)` would replace."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return getattr(resolve(module), attribute)
 
 
 class LocalFederation:

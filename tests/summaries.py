@@ -7,6 +7,7 @@ from typing import Any
 
 from server.results import tables
 
+MARKED = "norm:layer-3"
 DOMAINS = ("kitchen", "music", "toys")
 LOST = "garden"
 GROUPS = [*(f"layer-{n}" for n in range(12)), "rest"]
@@ -102,6 +103,27 @@ def make_summary() -> dict[str, Any]:
             "model_digest": "12" * 32,
             "folder": "model",
             "parcel": "34" * 32,
+        },
+        "vectors": {
+            "vectors": {
+                name: {
+                    "norm": 1.5,
+                    "norm_score": 4.25,
+                    "cosine_to_others": 0.31,
+                    "cosine_score": None,
+                    "stands_out": [MARKED] if name == "toys" else [],
+                }
+                for name in DOMAINS
+            },
+            "cosines": {a: {b: 1.0 if a == b else 0.125 for b in DOMAINS} for a in DOMAINS},
+            "note": "a mark is a reason to look",
+        },
+        "leave_one_out": {
+            "probes": dict.fromkeys(DOMAINS, 64),
+            "without": {
+                "toys": {"change": {"kitchen": 0.0312, "music": -0.002}, "agreement": {"kitchen": 0.871}}
+            },
+            "note": "told from the public catalogs",
         },
         "crossings": dict.fromkeys(DOMAINS, crossed),
         "seconds": {"contribute": 412.3, "merge": 301.2, "evaluate": 61.7, "install": 20.4, "total": 801.0},

@@ -201,10 +201,20 @@ def _print_domain(domain: DomainReport) -> None:
         typer.echo(f"  {what}: {_listed(tallies)}")
     spend = ", ".join(f"{p['kind']} epsilon {int(p['epsilon_e6']) / 1e6:g}" for p in domain.privacy)
     typer.echo(f"  privacy spend: {spend or 'no differential privacy was claimed'}")
+    for item in domain.withdrawn:
+        typer.echo(f"  {_withdrawn(item)}")
     for item in domain.unacknowledged:
         typer.echo(f"  unacknowledged: {item['kind']}, entry {item['index']} of {item['shore']}")
     for limit in domain.not_proven:
         typer.echo(f"  not proven: {limit}")
+
+
+def _withdrawn(item: dict[str, int | str]) -> str:
+    what = f"the task vector of run {item['run']}, entry {item['index']} of {item['shore']}"
+    if not item["revocation"]:
+        return f"asked to withdraw: {what}; the server has given out no revocation of it"
+    told = "" if item["told"] else "; nothing shows that the domain was told"
+    return f"withdrawn{', as it asked' if item['asked'] else ''}: {what}{told}"
 
 
 def _listed(tallies: dict[str, Tally]) -> str:

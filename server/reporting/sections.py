@@ -205,6 +205,8 @@ def domains(summary: Json) -> Html:
         state = tag("span", "delivered", class_="kept")
         if not facts.get("delivered"):
             state = tag("span", f"lost: {facts.get('lost') or 'no reason recorded'}", class_="lost")
+        elif facts.get("withdrawn"):
+            state = tag("span", f"vector withdrawn: run {facts['withdrawn']}", class_="lost")
         allowed = ", ".join(f"{key} {value}" for key, value in part(vector, "training").items())
         cells = [
             name,
@@ -218,6 +220,51 @@ def domains(summary: Json) -> Html:
         body.append(tag("tr", *(tag("td", cell) for cell in cells)))
     head = ["domain", "pseudonym", "state", "items", "vector", "vector digest", "training facts allowed"]
     return table([tag("th", title) for title in head], body, "wide text", label="Who took part")
+
+
+def vectors(summary: Json) -> Html:
+    """Norm and direction of each domain's vector beside the others'; empty where nobody looked."""
+    found = part(summary, "vectors", "vectors")
+    if not found:
+        return Html("")
+    names = sorted(found)
+    body = []
+    for name in names:
+        facts = part(found, name)
+        codes = facts.get("stands_out") or []
+        cells = [
+            name,
+            number(facts.get("norm"), 3),
+            number(facts.get("norm_score"), 1),
+            number(facts.get("cosine_to_others"), 3),
+            number(facts.get("cosine_score"), 1),
+            tag("span", ", ".join(codes), class_="lost") if codes else DASH,
+            *(number(part(summary, "vectors", "cosines", name).get(other), 3) for other in names),
+        ]
+        body.append(tag("tr", *(tag("td", cell) for cell in cells)))
+    head = ["domain", "norm", "score", "cosine to the others", "score", "stands out", *names]
+    note = str(part(summary, "vectors").get("note", ""))
+    grid = table([tag("th", title) for title in head], body, "wide")
+    return join(tag("p", note, class_="soft"), grid)
+
+
+def leave_one_out(summary: Json) -> Html:
+    """How the merged model changes without each vector, on pseudo-users of the public catalogs."""
+    found = part(summary, "leave_one_out")
+    without = part(found, "without")
+    if not without:
+        return Html("")
+    catalogs = sorted(part(found, "probes"))
+    body = []
+    for name in sorted(without):
+        cells = [tag("td", name)]
+        for catalog in catalogs:
+            changed = part(without, name, "change").get(catalog)
+            small = tag("small", f"same best 10: {number(part(without, name, 'agreement').get(catalog), 3)}")
+            cells.append(tag("td", f"{changed:+.4f}" if finite(changed) else DASH, small))
+        body.append(tag("tr", *cells))
+    head = [tag("th", title) for title in ["without the vector of", *(f"catalog of {c}" for c in catalogs)]]
+    return join(tag("p", str(found.get("note", "")), class_="soft"), table(head, body, "wide"))
 
 
 def costs(summary: Json) -> Html:

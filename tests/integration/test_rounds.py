@@ -1,6 +1,5 @@
 """Whole runs over an in-process grid: real homes, orders, gates, ledgers; an Exchange over gRPC and TLS."""
 
-import importlib
 import json
 import re
 import time
@@ -14,7 +13,16 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from localgrid import KilledError, LocalFederation, LocalGrid, call_owner, pico_run_config, unreachable
+from localgrid import (
+    KilledError,
+    LocalFederation,
+    LocalGrid,
+    call_owner,
+    dying,
+    pico_run_config,
+    resolve,
+    unreachable,
+)
 
 from clients.actions import Actions
 from clients.data.domain import Domain
@@ -123,30 +131,6 @@ def test_both_shores_tell_the_same_story(federation: LocalFederation, smooth: Ru
         theirs = Counter({(turn[way], *rest): n for (way, *rest), n in rows(server, domain).items()})
         assert ours == theirs
         assert sum(ours.values()) >= 2 * 6  # 4 + 2 parcels and a receipt for each
-
-
-def dying(target: Callable[..., Any], *, after: bool = False, call: int = 1) -> Callable[..., Any]:
-    """`target`, but its `call`-th call (and no later one) raises KilledError before or after the work."""
-    calls = []
-
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) != call:
-            return target(*arguments, **options)
-        if after:
-            target(*arguments, **options)
-        raise KilledError
-
-    return wrapped
-
-
-def resolve(name: str) -> Any:
-    """The object that `monkeypatch.setattr(name, ...)` would replace."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError:
-        return getattr(resolve(module), attribute)
 
 
 SERVER_DEATHS: list[tuple[str, dict[str, Any]]] = [  # in the order of a run

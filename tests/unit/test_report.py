@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from markup import Page
-from summaries import DOMAINS, LABELS, LOST, make_events, make_summary
+from summaries import DOMAINS, LABELS, LOST, MARKED, make_events, make_summary
 
 from common.errors import DataError
 from common.pages import DASH, tag
@@ -53,6 +53,20 @@ def test_report_shows_every_row_domain_and_digest(tmp_path: Path) -> None:
     assert found.labelled("all")[-1][-1] == "63.9 MB3 parcels"
     assert found.labelled("server")[0] == ["server", "1.9 GB", "512.3"]
     assert sum(name == "polyline" for name, _ in found.tags) == 2 * (len(DOMAINS) + 1)
+
+
+def test_vectors_that_stand_out_and_merges_without_them(tmp_path: Path) -> None:
+    summary = make_summary()
+    summary["domains"]["toys"]["withdrawn"] = "three-shops-withdrawal-9"
+    found = page(tmp_path, summary)
+    assert found.labelled("toys")[-2:] == [
+        ["toys", "1.500", "4.2", "0.310", DASH, MARKED, "0.125", "0.125", "1.000"],
+        ["toys", "+0.0312same best 10: 0.871", f"-0.0020same best 10: {DASH}", f"{DASH}same best 10: {DASH}"],
+    ]
+    assert "a mark is a reason to look" in found.text and "told from the public catalogs" in found.text
+    assert "vector withdrawn: run three-shops-withdrawal-9" in found.text
+    del summary["vectors"], summary["leave_one_out"]
+    assert "stands out" not in page(tmp_path, summary).text
 
 
 def test_report_loads_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from common.config import validate
 from common.errors import ConfigError, GateError, VectorError
 from common.files import sha256_bytes, sha256_file
 from common.parcels import Codec, Header, Kind
+from common.revocation import Revocation
 from common.tensorfile import read_index, rewrite, tensor_facts
 
 
@@ -217,6 +218,19 @@ def test_card(toys: Owner, tmp_path: Path) -> None:
     toys.gate.release(toys.draft(card, Kind.DOMAIN_CARD), card)
     assert "buckets" in _refused(toys, make_metrics(tmp_path / "b", users_bucket=213), Kind.DOMAIN_CARD)
     assert "card field" in _refused(toys, make_metrics(tmp_path / "x", revenue=5), Kind.DOMAIN_CARD)
+
+
+def test_a_revocation_is_of_a_vector_that_passed_here(toys: Owner, tmp_path: Path) -> None:
+    vector, payload = toys.vector(), tmp_path / "revocation"
+    for wrong in (
+        Revocation("c" * 64, vector.header.payload_digest),
+        Revocation(vector.digest, vector.header.payload_digest, ("c" * 64,)),
+    ):
+        payload.write_bytes(wrong.encode())
+        assert "names a vector that passed here" in _refused(toys, payload, Kind.REVOCATION)
+    assert "nothing else" in _refused(toys, make_metrics(tmp_path / "m"), Kind.REVOCATION)
+    payload.write_bytes(Revocation(vector.digest, vector.header.payload_digest).encode())
+    toys.gate.release(toys.draft(payload, Kind.REVOCATION), payload)
 
 
 def test_budget(tmp_path: Path) -> None:
