@@ -15,7 +15,7 @@ from pathlib import Path
 from common.audit.opened import opened
 from common.audit.timeline import LATEST_S, Dot, Lane, moment, named, timeline
 from common.audit.verify import LIMITS, AuditReport, DomainReport, Tally
-from common.audit.words import GLOSSARY, KINDS, MEANINGS
+from common.audit.words import GLOSSARY, KINDS, MEANINGS, withdrawn
 from common.ledger import Crossing
 from common.pages import (
     DASH,
@@ -207,6 +207,8 @@ def _domain(domain: DomainReport, present: bool) -> Html:
         "Signs with the key": tag("code", domain.signer),
         "Differential privacy": _spend(domain),
     }
+    if domain.withdrawn:
+        known["Withdrawn"] = "; ".join(withdrawn(item) for item in domain.withdrawn[:MOST_KINDS])
     title = tag("h3", domain.domain, " ", _state(domain, present), id=f"domain-{domain.domain}")
     return tag("article", title, facts(known), content)
 

@@ -172,6 +172,14 @@ def test_what_witnesses_see_is_not_a_dealing_with_strangers(world: World, bundle
     assert "others, not in the root file" not in found
 
 
+def test_a_withdrawn_vector_is_said_with_its_domain(world: World, bundle: Bundle) -> None:
+    report = verify(bundle, world.root())
+    item: dict[str, int | str] = {"run": "demo", "shore": "toys", "index": 3, "vector": "ab" * 32}
+    report.domains[1].withdrawn = [{**item, "revocation": "cd" * 32, "told": True, "asked": True}]
+    found = Page(render(report, world.root(), name="autumn", checked_s=1_795_000_000))
+    assert "withdrawn, as it asked: the task vector of run demo, entry 3 of toys" in found.text
+
+
 def test_a_bundle_without_ledgers_is_not_clean(world: World, bundle: Bundle) -> None:
     for shore in bundle.shores():
         shutil.rmtree(bundle.path / "shores" / shore)
