@@ -17,6 +17,7 @@ from rich.table import Table
 from common.audit.bundle import Bundle
 from common.audit.scan import MISSES, Scan, Scanner, read_canaries
 from common.audit.verify import AuditReport, DomainReport, Tally, verify
+from common.audit.words import withdrawn
 from common.console import progress_bars
 from common.errors import ConfigError, LedgerError
 from common.files import write_atomic
@@ -239,19 +240,11 @@ def _print_domain(domain: DomainReport) -> None:
     spend = ", ".join(f"{p['kind']} epsilon {int(p['epsilon_e6']) / 1e6:g}" for p in domain.privacy)
     typer.echo(f"  privacy spend: {spend or 'no differential privacy was claimed'}")
     for item in domain.withdrawn:
-        typer.echo(f"  {_withdrawn(item)}")
+        typer.echo(f"  {withdrawn(item)}")
     for item in domain.unacknowledged:
         typer.echo(f"  unacknowledged: {item['kind']}, entry {item['index']} of {item['shore']}")
     for limit in domain.not_proven:
         typer.echo(f"  not proven: {limit}")
-
-
-def _withdrawn(item: dict[str, int | str]) -> str:
-    what = f"the task vector of run {item['run']}, entry {item['index']} of {item['shore']}"
-    if not item["revocation"]:
-        return f"asked to withdraw: {what}; the server has given out no revocation of it"
-    told = "" if item["told"] else "; nothing shows that the domain was told"
-    return f"withdrawn{', as it asked' if item['asked'] else ''}: {what}{told}"
 
 
 def _listed(tallies: dict[str, Tally]) -> str:

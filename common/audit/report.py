@@ -15,7 +15,7 @@ from pathlib import Path
 from common.audit.opened import opened
 from common.audit.timeline import LATEST_S, Dot, Lane, moment, named, timeline
 from common.audit.verify import LIMITS, AuditReport, DomainReport, Tally
-from common.audit.words import GLOSSARY, KINDS, MEANINGS
+from common.audit.words import GLOSSARY, KINDS, MEANINGS, withdrawn
 from common.ledger import Crossing
 from common.pages import (
     DASH,
@@ -32,7 +32,7 @@ from common.pages import (
     table,
     tag,
 )
-from common.parcels import SERVER
+from common.parcels import EVERYONE, SERVER
 from common.roots import Root
 from common.signing import PublicKey
 
@@ -45,7 +45,7 @@ def render(report: AuditReport, root: Root, *, name: str, checked_s: int) -> str
     found = Counter((finding.shore, finding.index) for finding in report.all_findings)
     sections = (
         ("findings", "Findings", "Findings", _findings(report)),
-        ("timeline", "Timeline", "What crossed when", timeline(_lanes(report, found))),
+        ("timeline", "Timeline", "What crossed when", timeline(_lanes(report, root, found))),
         ("domains", "Domains", "What each domain sent and received", _domains(report)),
         ("parcels", "Parcels", "Every parcel, opened", opened(report, found)),
         ("ledgers", "Ledgers", "The ledgers", _ledgers(report, root)),
@@ -134,7 +134,7 @@ def _findings(report: AuditReport) -> Html:
 # What crossed
 
 
-def _lanes(report: AuditReport, found: Counter[tuple[str, int]]) -> list[Lane]:
+def _lanes(report: AuditReport, root: Root, found: Counter[tuple[str, int]]) -> list[Lane]:
     """What each domain sent and received, as its own ledger says, or the server's where that is missing.
 
     An entry of the server's ledger with a finding is drawn too: the domain's may not have it.
@@ -144,17 +144,20 @@ def _lanes(report: AuditReport, found: Counter[tuple[str, int]]) -> list[Lane]:
         for domain in report.domains
         for sent in (True, False)
     }
+    public = Lane("server, to witnesses and to everybody")
     strangers = Lane("others, not in the root file")
+    known = {EVERYONE, *(witness.peer for witness in root.witnesses)}
     for shore, crossings in report.evidence.crossings.items():
         for index, crossing in enumerate(crossings):
             domain = crossing.peer if shore == SERVER else shore
             wrong = found[shore, index] > 0
             if shore == SERVER and domain in report.evidence.crossings and not wrong:
                 continue
-            lane = lanes.get((domain, (crossing.direction == "out") == (shore != SERVER)), strangers)
+            elsewhere = public if crossing.peer in known else strangers
+            lane = lanes.get((domain, (crossing.direction == "out") == (shore != SERVER)), elsewhere)
             time_s = min(crossing.time_s, LATEST_S)
             lane.dots.append(Dot(time_s, _kind(crossing), crossing.size_bytes, wrong))
-    return [*lanes.values(), strangers]
+    return [*lanes.values(), public, strangers]
 
 
 def _domains(report: AuditReport) -> Html:
@@ -204,6 +207,8 @@ def _domain(domain: DomainReport, present: bool) -> Html:
         "Signs with the key": tag("code", domain.signer),
         "Differential privacy": _spend(domain),
     }
+    if domain.withdrawn:
+        known["Withdrawn"] = "; ".join(withdrawn(item) for item in domain.withdrawn[:MOST_KINDS])
     title = tag("h3", domain.domain, " ", _state(domain, present), id=f"domain-{domain.domain}")
     return tag("article", title, facts(known), content)
 
@@ -226,12 +231,19 @@ def _ledgers(report: AuditReport, root: Root) -> Html:
     rows = []
     for shore in root.parties():
         log = logs.get(shore)
-        cells: tuple[object, ...] = (shore, "not in the bundle", DASH, DASH)
+        cells: tuple[object, ...] = (shore, "not in the bundle", DASH, DASH, DASH)
         if log is not None:
-            cells = shore, f"{log.entries:,}", f"{log.checkpoint_size:,}", tag("code", log.root)
+            seen = ", ".join(f"{name} {cosigned.size:,}" for name, cosigned in sorted(log.cosigned.items()))
+            sizes = f"{log.entries:,}", f"{log.checkpoint_size:,}"
+            cells = shore, *sizes, cut(seen) or DASH, tag("code", log.root)
         rows.append(row(cells))
-    head = ("ledger of", "entries", "under a signed checkpoint", "Merkle root")
-    return table(columns(head), rows, "wide text", "Every ledger that the root file names")
+    head = ("ledger of", "entries", "signed", "also signed by", "Merkle root")
+    return table(
+        columns(head),
+        rows,
+        "wide text",
+        "Every ledger that the root file names, and up to which size who signed it",
+    )
 
 
 def _limits(report: AuditReport) -> Html:

@@ -23,8 +23,8 @@ MOST_LANES = 60
 IDLE_S = 3600  # a shorter pause is never cut out
 MOST_CUTS = 6
 LABEL_Y, STRIP_Y, STRIP, LANE = 13, 20, 56, 90  # of a lane, in pixels
-PARCELS_Y = 18  # in the strip; receipts and messages have lines of their own below
-_LINES = {"receipt": 39, "message": 49}
+PARCELS_Y = 18  # in the strip; what comes with parcels has lines of its own below
+_LINES = {"keys": 39, "receipt": 39, "checkpoint": 49, "message": 49}
 TICKS = 5
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 LATEST_S = 253_402_300_799  # the end of the year 9999: what a clock may say and a page can show
@@ -38,6 +38,8 @@ _SHAPES = {
     "universal-model": "M0-1.2L.35-.4 1.2-.35.55.2.75 1.05 0 .6-.75 1.05-.55.2-1.2-.35-.35-.4Z",
     "revocation": "M-.35-1.1H.35V-.35H1.1V.35H.35V1.1H-.35V.35H-1.1V-.35H-.35Z",
     "receipt": "M-.9.05L-.4-.45-.1-.1.55-.85 1-.35-.1.85Z",
+    "checkpoint": "M-.25-.9H.25V.9H-.25Z",
+    "keys": "M-.9-.9H.9V.9H-.9ZM-.4-.4V.4H.4V-.4Z",
     "message": "M-1-.3H1V.3H-1Z",
 }
 _OTHER = "M-1-1L1-1 0 1.1Z"

@@ -74,3 +74,12 @@ GLOSSARY = {
     "Unacknowledged": "Sent, but without a receipt. A crash or a cut link can be the reason; it may or may "
     "not have arrived.",
 }
+
+
+def withdrawn(item: dict[str, int | str]) -> str:
+    """One of `DomainReport.withdrawn`: what of a vector is withdrawn, who asked, who was told."""
+    what = f"the task vector of run {item['run']}, entry {item['index']} of {item['shore']}"
+    if not item["revocation"]:
+        return f"asked to withdraw: {what}; the server has given out no revocation of it"
+    told = "" if item["told"] else "; nothing shows that the domain was told"
+    return f"withdrawn{', as it asked' if item['asked'] else ''}: {what}{told}"

@@ -244,7 +244,7 @@ def vectors(summary: Json) -> Html:
         body.append(tag("tr", *(tag("td", cell) for cell in cells)))
     head = ["domain", "norm", "score", "cosine to the others", "score", "stands out", *names]
     note = str(part(summary, "vectors").get("note", ""))
-    grid = table([tag("th", title) for title in head], body, "wide")
+    grid = table([tag("th", title) for title in head], body, "wide", label="Vectors")
     return join(tag("p", note, class_="soft"), grid)
 
 
@@ -264,7 +264,10 @@ def leave_one_out(summary: Json) -> Html:
             cells.append(tag("td", f"{changed:+.4f}" if finite(changed) else DASH, small))
         body.append(tag("tr", *cells))
     head = [tag("th", title) for title in ["without the vector of", *(f"catalog of {c}" for c in catalogs)]]
-    return join(tag("p", str(found.get("note", "")), class_="soft"), table(head, body, "wide"))
+    return join(
+        tag("p", str(found.get("note", "")), class_="soft"),
+        table(head, body, "wide", label="Without each vector"),
+    )
 
 
 def costs(summary: Json) -> Html:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from markup import Page
 
-from common.audit.timeline import BINS, LATEST_S, MOST_LANES, Axis, Dot, Lane, moment, timeline
+from common.audit.timeline import BINS, LATEST_S, MOST_LANES, Axis, Dot, Lane, mark, moment, timeline
+from common.audit.words import KINDS
 
 HOUR, DAY = 3600, 86400
 
@@ -72,6 +73,10 @@ def test_unknown_kinds_and_too_many_lanes_are_said() -> None:
     assert f"the {MOST_LANES} lanes with the most bytes, of {MOST_LANES + 5}" in drawn
     assert "d64 sent" in drawn and "d0 sent" not in drawn
     assert "nothing to draw" in timeline([Lane("tea sent")])
+
+
+def test_every_kind_has_a_sign_of_its_own() -> None:
+    assert len({mark(kind) for kind in (*KINDS, "other")}) == len(KINDS) + 1
 
 
 def test_any_time_of_a_ledger_can_be_said() -> None:
