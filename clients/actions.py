@@ -74,22 +74,27 @@ class Actions:
     def _contribute(self, order: Order, base: Path) -> None:
         domain = Domain.load(self._home.data_folder)
         work = self._home.work(order.run)
+        limited = self._home.config.release.max_tpr is not None
+        result = self._train(order, base) if limited else {}  # over the limit nothing at all is sent
         with self._timed("catalog"):
             self._send_card_and_catalog(order, domain, work)
-        with self._timed("train"):
-            result = self._job(order, base, "fit")
+        result = result or self._train(order, base)
         facts = {
             "steps": result["steps"],
             "seconds": int(result["seconds"]),
             "batch_size": order.config.training.batch_size,
             "items": len(domain.item_ids),
-            "users_bucket": bucket(len(domain.user_ids)),
+            "users_bucket": bucket(result["users"]),
         }
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
             self._send(order, Kind.TASK_VECTOR, Path(result["vector_path"]), codec, facts)
         set_own_model(self._home.path, Path(result["model_folder"]), order.config)
         self._send_metrics(order, result)
+
+    def _train(self, order: Order, base: Path) -> dict[str, Any]:
+        with self._timed("train"):
+            return self._job(order, base, "fit")
 
     def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
         public = domain.catalog()
@@ -182,6 +187,7 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
+            release=self._home.config.release,
         )
         return run_job(job)
 

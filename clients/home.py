@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import Field
 
 from clients.egress import EgressGate, EgressPolicy
+from clients.training.job import ReleaseLimit
 from common.checkpoints import LedgerHome
 from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
@@ -51,6 +52,7 @@ class ClientConfig(Frozen):
     supernode_port: int = 19094
     max_training_minutes: float | None = Field(None, description="the owner's own limit for one fine-tuning")
     policy: EgressPolicy = EgressPolicy()
+    release: ReleaseLimit = ReleaseLimit()
 
 
 class ClientHome(LedgerHome):
