@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = "isthmus.commands"
 HELP = {
+    "attacks": "attack task vectors: what they leak, and what a poisoned one does",
     "audit": "prove offline what crossed: bundle, verify, show",
     "client": "an owner's side: join a federation, serve it, recommend",
     "data": "check and prepare a domain's data",
@@ -33,6 +34,7 @@ HELP = {
     "study": "tables of merge methods over domains and seeds, with their uncertainty",
 }
 OURS = {
+    "attacks": "simulations.cli:attacks",
     "audit": "common.audit.cli:app",
     "client": "clients.cli:app",
     "data": "clients.data.cli:app",
