@@ -95,16 +95,17 @@ class Actions:
     def _contribute(self, order: Order, base: Path) -> None:
         domain = Domain.load(self._home.data_folder)
         work = self._home.work(order.run)
+        limited = self._home.config.release.max_tpr is not None
+        result = self._train(order, base) if limited else {}  # over the limit nothing at all is sent
         with self._timed("catalog"):
             self._send_card_and_catalog(order, domain, work)
-        with self._timed("train"):
-            result = self._job(order, base, "fit")
+        result = result or self._train(order, base)
         facts = {
             "steps": result["steps"],
             "seconds": int(result["seconds"]),
             "batch_size": order.config.training.batch_size,
             "items": len(domain.item_ids),
-            "users_bucket": bucket(len(domain.user_ids)),
+            "users_bucket": bucket(result["users"]),
             "isolated": int(result["isolated"]),
         }
         with self._timed("upload"):
@@ -112,6 +113,10 @@ class Actions:
             self._send(order, Kind.TASK_VECTOR, self._in_work(result["vector_path"]), codec, facts)
         set_own_model(self._home.path, self._in_work(result["model_folder"]), order.config)
         self._send_metrics(order, result)
+
+    def _train(self, order: Order, base: Path) -> dict[str, Any]:
+        with self._timed("train"):
+            return self._job(order, base, "fit")
 
     def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
         public = domain.catalog()
@@ -216,6 +221,7 @@ class Actions:
             candidates=tuple(candidates),
             home=str(self._home.path),
             require_isolation=self._home.policy.require_isolation,
+            release=self._home.config.release,
         )
         result = run_job(job)
         if not result["isolated"]:

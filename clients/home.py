@@ -24,6 +24,7 @@ from pydantic import Field
 
 from clients.egress import EgressGate
 from clients.policy import EgressPolicy, read_policy
+from clients.training.job import ReleaseLimit
 from common.checkpoints import LedgerHome
 from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
@@ -60,6 +61,7 @@ class ClientConfig(Frozen):
     supernode_port: int = 19094
     wire_port: int = Field(0, ge=0, le=65535, description="of the wire gate, on loopback; 0: any free one")
     max_training_minutes: float | None = Field(None, description="the owner's own limit for one fine-tuning")
+    release: ReleaseLimit = ReleaseLimit()
 
 
 class ClientHome(LedgerHome):

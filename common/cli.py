@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = "isthmus.commands"
 HELP = {
+    "attacks": "attack task vectors: what they leak, and what a poisoned one does",
     "audit": "prove offline what crossed: bundle, verify, show",
     "client": "an owner's side: join a federation, serve it, recommend",
     "data": "check and prepare a domain's data",
@@ -35,6 +36,7 @@ HELP = {
     "witness": "an independent witness that cosigns ledgers: init, card, up, status",
 }
 OURS = {
+    "attacks": "simulations.cli:attacks",
     "audit": "common.audit.cli:app",
     "client": "clients.cli:app",
     "data": "clients.data.cli:app",

@@ -16,6 +16,7 @@ step. Its text never contains private data. Each also inherits the standard erro
      |    +-- RefusedError                the other shore refused it; carries the reason code
      +-- GateError(PermissionError)       the egress gate refused to let something leave
      |    +-- PolicyError                 the owner's policy forbids what a run asks for
+     |    +-- LeakageError                the vector tells more about its users than the owner allows
      +-- LedgerError(RuntimeError)        a ledger or journal cannot be trusted or written
      |    +-- ProofError                  a Merkle proof or a checkpoint does not verify
      +-- StorageError(OSError)            the disk is full or the store cannot be written
@@ -119,6 +120,12 @@ class PolicyError(GateError):
     """The owner's policy forbids what a run asks for."""
 
     code = "policy"
+
+
+class LeakageError(GateError):
+    """A vector tells more about who is in its training data than the owner's release limit allows."""
+
+    code = "leakage-limit"
 
 
 class LedgerError(IsthmusError, RuntimeError):

@@ -28,6 +28,7 @@ from server.home import ServerConfig
 from server.learning.options import AUTO, AutoOptions, default_candidates
 from server.merge import LEARNED_PAPERS
 from server.merging import methods, processes
+from simulations.attacks.config import AttackConfig
 from simulations.config import SimulationConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -205,6 +206,7 @@ def merge_methods() -> str:
 def render() -> str:
     """The whole page."""
     run_keys = frozenset(key for key, _ in leaves(RunConfig))
+    simulation_keys = frozenset(key for key, _ in leaves(SimulationConfig))
     reference = "\n".join(f"{key} = {_toml(value)}" for key, value in REFERENCE_LEARNING.items())
     return "\n".join(
         [
@@ -225,6 +227,9 @@ def render() -> str:
             "\n## A simulation",
             "\nA run's file with these keys in addition. Read by `isthmus simulate CONFIG --out DIR`.\n",
             table(SimulationConfig, SIMULATION_MEANINGS, skip=run_keys),
+            "\n## Attacks",
+            "\nA simulation's file and these keys. Read by `isthmus attacks CONFIG --out DIR`.\n",
+            table(AttackConfig, {}, skip=simulation_keys),
             "\n## client.toml",
             "\nIn an owner's home, written by `isthmus client join`. Only the owner changes it; nothing that",
             "the server sends does. Restart `isthmus client up` after an edit.\n",

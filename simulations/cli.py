@@ -1,4 +1,4 @@
-"""`isthmus simulate`, `isthmus demo` and `isthmus study`."""
+"""`isthmus simulate`, `isthmus demo`, `isthmus study` and `isthmus attacks`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from common.errors import ConfigError
 simulate = typer.Typer(add_completion=False)
 demo = typer.Typer(add_completion=False)
 study = typer.Typer(add_completion=False)
+attacks = typer.Typer(add_completion=False)
 
 
 @simulate.command()
@@ -64,3 +65,25 @@ def study_command(
         path = run_study(table, load_simulation(config), out, numbers, report)
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"table: {path}")
+
+
+@attacks.command()
+def attacks_command(
+    config: Annotated[Path, typer.Argument(help="a simulation's configuration with [attacks], TOML")],
+    out: Annotated[Path, typer.Option(help="folder of the results; what is there already is not made again")],
+    only: Annotated[str, typer.Option(help="membership, vocabulary, poisoning; empty: all")] = "",
+    seed: Annotated[int | None, typer.Option(help="instead of run.seed")] = None,
+) -> None:
+    """Attack task vectors: who and which words were in the data, and what a poisoned one does."""
+    from simulations.attacks.config import load_attacks
+    from simulations.attacks.run import run_attacks
+    from simulations.study.run import shown
+
+    loaded = load_attacks(config)
+    if seed is not None:
+        loaded = loaded.model_copy(update={"run": loaded.run.model_copy(update={"seed": seed})})
+    with shown(out, "attacks") as report:
+        paths = run_attacks(loaded, out, [name for name in only.split(",") if name], report)
+    for path in paths:
+        typer.echo(path.read_text(encoding="utf-8"))
+        typer.echo(f"table: {path}")

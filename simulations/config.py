@@ -9,6 +9,7 @@ users = 2500                 # optional seeded subsample
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -48,12 +49,20 @@ class SimulationConfig(RunConfig):
 
     def run_config(self) -> RunConfig:
         """What a deployment would be given."""
-        return RunConfig.model_validate(self.model_dump(exclude={"simulation", "domain"}))
+        return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
+
+
+ConfigT = TypeVar("ConfigT", bound=SimulationConfig)
 
 
 def load_simulation(path: Path) -> SimulationConfig:
     """Read a simulation. Paths become absolute. Raises ConfigError."""
-    config = load_toml(path, SimulationConfig)
+    return load_as(path, SimulationConfig)
+
+
+def load_as(path: Path, model: type[ConfigT]) -> ConfigT:
+    """Read a simulation with more in it than `SimulationConfig` has. Raises ConfigError."""
+    config = load_toml(path, model)
     names = [source.name for source in config.domain]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -95,8 +95,13 @@ def build_pico(folder: Path, *, sentence_transformers: bool = False, seed: int =
     return folder
 
 
-def build_domain(name: str = "pico", *, users: int = 40, items: int = 30, seed: int = 0) -> Any:
-    """A `clients.data.domain.Domain` whose users walk along items in steps that the texts do not tell."""
+def build_domain(
+    name: str = "pico", *, users: int = 40, items: int = 30, seed: int = 0, random: bool = False
+) -> Any:
+    """A `clients.data.domain.Domain` whose users walk along items in steps that the texts do not tell.
+
+    `random`: each takes eight items at random, so that a model can only learn its users by heart.
+    """
     from clients.data.domain import Domain
 
     rng = np.random.default_rng(seed)
@@ -104,6 +109,9 @@ def build_domain(name: str = "pico", *, users: int = 40, items: int = 30, seed: 
     titles = [f"{' '.join(rng.choice(words, size=3, replace=False))} {index}" for index in range(items)]
     walks = []
     for _ in range(users):
+        if random:
+            walks.append([int(item) for item in rng.permutation(items)[:8]])
+            continue
         start, length = int(rng.integers(items)), int(rng.integers(4, 8))
         walks.append([(start + 7 * position) % items for position in range(length)])
     return Domain(
@@ -147,6 +155,15 @@ def make_domain() -> Callable[..., Any]:
 def pico_domain() -> Any:
     """A domain of 40 users and 30 items."""
     return build_domain()
+
+
+@pytest.fixture(scope="session")
+def by_heart() -> dict[str, Any]:
+    """Training settings under which a pico model learns eight users of a random domain by heart."""
+    return {
+        "batch_size": 8, "max_steps": 120, "eval_every_steps": 120, "checkpoint_every_steps": 120,
+        "warmup_steps": 10, "learning_rate": 2e-3, "dropout": 0.0,
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -95,6 +95,16 @@ class Domain:
             self.name, list(self.item_ids), {name: self.attributes[name] for name in self.public_attributes}
         )
 
+    def with_users(self, rows: npt.NDArray[np.int64]) -> Domain:
+        """The users of these rows, in this order, and the whole catalog."""
+        return replace(
+            self,
+            user_ids=[self.user_ids[row] for row in rows],
+            train=[self.train[row] for row in rows],
+            valid=self.valid[rows],
+            test=self.test[rows],
+        )
+
     def subsample(self, users: int, seed: int) -> Domain:
         """`users` users drawn without replacement (seeded), and only the items that they touch, reindexed.
 

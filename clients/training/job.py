@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from common.config import Frozen, RunConfig, validate
 from common.errors import FederationError, IsthmusError
@@ -44,11 +44,27 @@ class Candidate(Frozen):
     keep: bool = False
 
 
+class ReleaseLimit(Frozen):
+    """What a vector may at most tell about its training data, or it does not leave."""
+
+    max_tpr: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of training users that an attack on the vector may find at 1% false positives; "
+        "above it nothing is sent. None: not measured",
+    )
+    held_out_users: int = Field(
+        200, ge=1, description="users that are left out of fine-tuning to measure it; only with max_tpr"
+    )
+
+
 class Job(Frozen):
     """What the trainer is to do. Paths are absolute or relative to where `run_job` is called.
 
     "fit": fine-tune, then evaluate the base ("zero-shot") and the fine-tuned model on the test set.
     "evaluate": evaluate the model folder `model` and call the result `label`.
+    With `release.max_tpr` some users are left out, and a vector that tells too much is a LeakageError.
     `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
     `home`: what the trainer must not see, the folders above excepted; empty: it is not isolated.
@@ -65,6 +81,7 @@ class Job(Frozen):
     candidates: tuple[Candidate, ...] = ()
     fits: str = ""
     evaluate_after_fit: bool = True
+    release: ReleaseLimit = ReleaseLimit()
     threads: int = 0
     home: str = ""
     require_isolation: bool = False

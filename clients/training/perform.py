@@ -19,6 +19,7 @@ from clients.training.dataset import data_digest
 from clients.training.evaluate import evaluate
 from clients.training.fit import fine_tune, load_encoder
 from clients.training.job import Candidate, Job
+from clients.training.leakage import check_release, hold_out
 from common.config import RunConfig
 from common.errors import BaseMismatchError, FederationError
 from common.files import write_atomic
@@ -46,9 +47,18 @@ def perform(job: Job, report: Report) -> dict[str, Any]:
 
 def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     work, base = Path(job.work), Path(job.base)
-    fitted = fine_tune(domain, base, job.config, Path(job.fits or job.work), report)
+    fits, limit = Path(job.fits or job.work), job.release
+    if limit.max_tpr is None:
+        trained_on = domain
+        fitted = fine_tune(domain, base, job.config, fits, report)
+    else:
+        rows = hold_out(domain, limit.held_out_users, job.config.run.seed)
+        trained_on = domain.with_users(rows[0])
+        fitted = fine_tune(trained_on, base, job.config, fits, report)
+        check_release(fitted, domain, rows, base, job.config, limit, report)
     record = dataclasses.asdict(fitted)
     result: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in record.items()}
+    result["users"] = len(trained_on.user_ids)
     result["examples_digest"] = data_digest(domain, job.config.text)
     result["evaluations"] = {}
     for label, folder in ((ZERO_SHOT, base), (FINE_TUNED, fitted.model_folder)):

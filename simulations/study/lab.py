@@ -9,8 +9,6 @@ Interrupted anywhere, what is finished is read, and what was begun goes on where
 from __future__ import annotations
 
 import hashlib
-import io
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,12 +21,12 @@ from clients.training.dataset import data_digest
 from clients.training.evaluate import evaluate
 from clients.training.fit import fine_tune, load_encoder
 from common.config import RunConfig
-from common.files import write_atomic
 from common.models.base import load_tensors, model_digest, resolve_base, save_model, trainable_tensors
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector, apply, read_vector
 from server.digests import json_digest, vector_digest
 from server.merge import run_merge
+from simulations.arrays import kept
 from simulations.config import SimulationConfig
 from simulations.simulate import prepare_source
 from simulations.study.tables import Cell, Member
@@ -64,13 +62,7 @@ class Lab:
             "seed": self._run.run.seed,
         }
         path = self._folder / "ranks" / cell.domain / f"{json_digest(key)[:24]}.npy"
-        if path.is_file():
-            return np.asarray(np.load(path), np.int64)
-        rank_U = self._evaluate(tau, domain)
-        content = io.BytesIO()
-        np.save(content, rank_U)
-        write_atomic(path, content.getvalue())
-        return rank_U
+        return kept(path, lambda: self._evaluate(tau, domain))
 
     def domain(self, name: str) -> Domain:
         """The prepared domain."""
@@ -131,13 +123,7 @@ def part_of(domain: Domain, share: float, seed: int) -> Domain:
     if kept == users:
         return domain
     rows = np.sort(np.random.default_rng([seed, kept]).choice(users, size=kept, replace=False))
-    return replace(
-        domain,
-        user_ids=[domain.user_ids[row] for row in rows],
-        train=[domain.train[row] for row in rows],
-        valid=domain.valid[rows],
-        test=domain.test[rows],
-    )
+    return domain.with_users(rows)
 
 
 def _name(member: Member) -> str:

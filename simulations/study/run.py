@@ -76,13 +76,13 @@ def run_study(
 
 
 @contextmanager
-def shown(out: Path) -> Iterator[Report]:
-    """A `Report` for `run_study` that draws two rows: the cells, and the work on the present one."""
+def shown(out: Path, main: str = PHASE) -> Iterator[Report]:
+    """A `Report` that draws two rows: phase `main`, and the work on the present part of it."""
     cells, work = StatusFile(out / "status.json"), StatusFile(out / "work.json")
-    progress = Progress({"study": out / "status.json", "now": out / "work.json"})
+    progress = Progress({main: out / "status.json", "now": out / "work.json"})
 
     def report(*, phase: str, **facts: Any) -> None:
-        (cells if phase == PHASE else work)(phase=phase, **facts)
+        (cells if phase == main else work)(phase=phase, **facts)
         progress()
 
     with progress.shown():

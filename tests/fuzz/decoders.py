@@ -289,7 +289,7 @@ def change_of_keys(_: Path) -> Decoder:
     def wrap(data: bytes) -> bytes:
         """Any statement, correctly signed by both keys."""
         envelopes = {"by_new": _sealed(data, key=OTHER).decode(), "by_old": _sealed(data).decode()}
-        return _json(envelopes)
+        return encoded(envelopes)
 
     def read(data: bytes) -> None:
         found = Rotation.open(data)

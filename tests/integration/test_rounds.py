@@ -26,9 +26,11 @@ from localgrid import (
 
 from clients.actions import Actions
 from clients.data.domain import Domain
+from clients.home import ClientHome
 from clients.policy import EgressPolicy
 from clients.runner import finish_left_behind
 from clients.serving import current
+from clients.training.job import ReleaseLimit
 from common.errors import FederationError, GateError, IsthmusError
 from common.ledger import Ledger
 from common.models.base import model_digest
@@ -339,6 +341,30 @@ def test_an_owner_without_metrics_still_contributes(
         assert all(domain["delivered"] for domain in summary["domains"].values())
         for domain in federation.domains:
             assert model_digest(current(federation.path(domain))) == model_digest(run.folder / "model")
+
+
+def test_a_vector_that_tells_too_much_is_refused_by_a_code_and_nothing_is_sent(
+    tmp_path: Path, pico_model: Path, make_domain: Callable[..., Any], by_heart: dict[str, Any]
+) -> None:
+    def make(name: str, users: int, seed: int) -> Any:
+        return make_domain(name, users=16, seed=seed, random=True)
+
+    with LocalFederation(tmp_path, pico_model, make) as federation:
+        limit = ReleaseLimit(max_tpr=0.01, held_out_users=8)
+        config = federation.owner("toys").config.model_copy(update={"release": limit})
+        ClientHome.write_config(federation.path("toys"), config)
+        config = pico_run_config(federation.base, quorum=1)
+        training = config.training.model_copy(update=by_heart)
+        run = create_run(federation.server(), config.model_copy(update={"training": training}))
+        grid = federation.grid()
+        execute(grid, federation.server(), run)
+        assert ("toys", CONTRIBUTE, {"status": "refused", "code": "leakage-limit"}) in grid.replies
+        assert summary_of(run)["domains"]["toys"]["lost"] == "leakage-limit"
+        assert {sender for sender, _, _ in federation.delivered(run)} == {"books"}
+        out = [entry.body for entry in federation.owner("toys").ledger if entry.body["direction"] == "out"]
+        assert [body["type"] for body in out] == ["message"]
+        (record,) = (federation.path("toys") / "work" / "fits").glob("*/leakage.json")
+        assert json.loads(record.read_text())["tpr"] > 0.01
 
 
 def test_an_unapproved_bundle_is_refused(federation: LocalFederation) -> None:
