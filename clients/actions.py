@@ -21,6 +21,7 @@ from clients.cosigning import exchange_checkpoints
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
+from clients.privacy import read_claim, spent
 from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
@@ -59,6 +60,8 @@ class Actions:
             return
         base = resolve_base(self._home.config.base)
         self._check_base(order, base)
+        if order.action == CONTRIBUTE:
+            self._home.config.policy.privacy.check_run(order.config)
         self._home.gate.agree(order.run, order.base_digest, trainable_tensors(base), labels_of(order.config))
         self._home.journal.put(key, fact)
         step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
@@ -191,6 +194,8 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
+            limits=self._home.config.policy.privacy,
+            epsilon_spent=spent(self._home.journal).epsilon,
         )
         return run_job(job)
 
@@ -234,6 +239,7 @@ class Actions:
             codec=codec,
             round=order.round,
             training={name: value for name, value in facts.items() if name in allowed},
+            privacy=read_claim(payload) if kind is Kind.TASK_VECTOR else None,
         )
         parcel = self._home.gate.release(header, payload)
         size, before = header.payload_bytes, self._sent_bytes

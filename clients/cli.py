@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,9 +82,11 @@ def up(home: HomeOption = DEFAULT_HOME) -> None:
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """What this owner is doing, and which model is installed."""
+    from clients.privacy import spent
     from clients.serving import comparison, current
 
     opened = _open(home)
+    privacy = spent(opened.journal)
     installed = current(opened.path)
     compared = None if installed is None else comparison(installed)
     record = {
@@ -92,6 +95,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         "now": read_status(opened.status_path),
         "model": None if installed is None else str(installed),
         "comparison": compared,
+        "privacy": asdict(privacy),
     }
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -103,6 +107,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
     typer.echo(f"model: {record['model'] or 'none installed'}")
     if compared is not None:
         typer.echo(_compared(compared))
+    typer.echo(f"privacy spent: {privacy}")
 
 
 @app.command()

@@ -28,6 +28,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from clients.privacy import PrivacyLimits, check_claim
 from common.catalog import Catalog
 from common.config import Frozen
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
@@ -59,6 +60,7 @@ class EgressPolicy(Frozen):
     max_payload_bytes: int = Field(4 << 30, ge=1)
     max_run_bytes: int = Field(8 << 30, ge=1, description="payload bytes in one run")
     max_run_parcels: int = Field(32, ge=1, description="parcels in one run")
+    privacy: PrivacyLimits = PrivacyLimits()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class EgressGate:
         parcel = self._released_before(key)
         if parcel is None:
             self._checked(lambda: self._check_header(header))
+            if header.kind is Kind.TASK_VECTOR:
+                check_claim(header.privacy, payload, self.policy.privacy, self.journal)
             copy = self._copy(header, payload)
             self._checked(lambda: self._check_payload(header, copy))
             sealed = header.model_copy(update={"checkpoint": self.ledger.tree_head()})
@@ -120,6 +124,7 @@ class EgressGate:
                 self._check_budget(header)
                 write_atomic(self._envelope_path(parcel.digest), parcel.envelope)
                 facts = {"digest": parcel.digest, "payload_bytes": header.payload_bytes}
+                facts["privacy"] = header.privacy.model_dump()
                 self.journal.put(key, facts)
                 self.journal.put(f"released/{parcel.digest}", {})
         self._log("parcel", parcel.envelope, header.payload_bytes, header.kind, header.run)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from clients.privacy import PrivacyLimits
 from common.config import Frozen, RunConfig, validate
 from common.errors import FederationError, IsthmusError
 from common.files import write_atomic
@@ -48,6 +49,7 @@ class Job(Frozen):
     "evaluate": evaluate the model folder `model` and call the result `label`.
     `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
+    `limits` is what the owner demands of a fine-tuning's privacy, after `epsilon_spent` in earlier ones.
     """
 
     mode: Literal["fit", "evaluate", "candidates"]
@@ -61,6 +63,8 @@ class Job(Frozen):
     candidates: tuple[Candidate, ...] = ()
     fits: str = ""
     evaluate_after_fit: bool = True
+    limits: PrivacyLimits = PrivacyLimits()
+    epsilon_spent: float = 0.0
     threads: int = 0
 
     @model_validator(mode="after")

@@ -1,4 +1,8 @@
-"""The training objective: in-batch softmax over cosine / temperature (MergeRec sec. 2.2)."""
+"""The training objective: softmax over cosine / temperature (MergeRec sec. 2.2).
+
+Its negatives are the other items of the batch, or, where users must not see each other's (`clients.training.
+private`), fixed items of the public catalog.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,20 @@ def in_batch_loss(
     if log_q_U is not None:
         logits_BU = logits_BU - log_q_U
     return nn.functional.cross_entropy(logits_BU.masked_fill(blocked_BU, -torch.inf), target_B)
+
+
+def fixed_negatives_loss(
+    z_UE: Tensor, target_UE: Tensor, negative_NE: Tensor, blocked_UN: Tensor, temperature: float
+) -> Tensor:
+    """For each user `-log softmax(z . [target, negatives] / temperature)[target]`, of its own row alone (U).
+
+    Negatives where `blocked_UN` is True are left out of that row's softmax. Embeddings are unit-norm.
+    """
+    own_U1 = (z_UE * target_UE).sum(dim=1, keepdim=True)
+    others_UN = (z_UE @ negative_NE.T).masked_fill(blocked_UN, -torch.inf)
+    logits = torch.cat([own_U1, others_UN], dim=1) / temperature
+    first_U = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return nn.functional.cross_entropy(logits, first_U, reduction="none")
 
 
 class TwoTower(nn.Module):
@@ -60,6 +78,24 @@ class TwoTower(nn.Module):
         item_UE = self._encoder.forward(item_ids_UT, item_mask_UT)
         loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
         return {"loss": loss}
+
+    def embed_negatives(self, list_of_ids: list[list[int]]) -> Tensor:
+        """Embeddings of negatives (N, E) by the weights as they are; no gradient passes them."""
+        return self._encoder.encode(list_of_ids)
+
+    def user_losses(
+        self,
+        negative_NE: Tensor,
+        history_ids_UT: Tensor,
+        history_mask_UT: Tensor,
+        target_ids_UT: Tensor,
+        target_mask_UT: Tensor,
+        blocked_UN: Tensor,
+    ) -> Tensor:
+        """Each user's own loss (U) for rows of `private.PrivateBatches`."""
+        z_UE = self._encoder.forward(history_ids_UT, history_mask_UT)
+        target_UE = self._encoder.forward(target_ids_UT, target_mask_UT)
+        return fixed_negatives_loss(z_UE, target_UE, negative_NE, blocked_UN, self._temperature)
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trainable parameters, by their names in the model's file (not copied)."""

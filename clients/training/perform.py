@@ -46,7 +46,10 @@ def perform(job: Job, report: Report) -> dict[str, Any]:
 
 def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     work, base = Path(job.work), Path(job.base)
-    fitted = fine_tune(domain, base, job.config, Path(job.fits or job.work), report)
+    fitted = fine_tune(
+        domain, base, job.config, Path(job.fits or job.work), report,
+        limits=job.limits, epsilon_spent=job.epsilon_spent,
+    )  # fmt: skip
     record = dataclasses.asdict(fitted)
     result: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in record.items()}
     result["examples_digest"] = data_digest(domain, job.config.text)

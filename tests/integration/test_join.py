@@ -162,7 +162,10 @@ def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data
     assert "never asks for an interaction" in shown.output
     home = ["--home", str(tmp_path / "home")]
     record = json.loads(invoke(client_command, ["status", "--json", *home]).output)
-    assert record == {"domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None}
+    nothing = {"vectors": 0, "unprotected": 0, "epsilon": 0, "delta": 0}
+    assert record == {
+        "domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None, "privacy": nothing,
+    }  # fmt: skip
     assert "music: idle" in invoke(client_command, ["status", *home]).output
     refused = invoke(client_command, ["recommend", "--history", "i001", *home])
     assert isinstance(refused.exception, ConfigError)
