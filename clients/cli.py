@@ -120,6 +120,18 @@ def rotate(home: HomeOption = DEFAULT_HOME) -> None:
     typer.echo("the old one counts no more; the operator: isthmus server root")
 
 
+@app.command("server-keys")
+def server_keys(
+    rotation: Annotated[Path, typer.Argument(help="what isthmus server rotate wrote")],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Go over to the server's new keys, which its old one signed; then start isthmus client up again."""
+    from clients.rotation import accept_server_keys
+
+    renewed = accept_server_keys(home.expanduser(), rotation.read_bytes())
+    typer.echo(f"the server's identity key is now {renewed.server_key.fingerprint}")
+
+
 @app.command()
 def witness(
     card: Annotated[Path, typer.Argument(help="the witness's card (isthmus witness card)")],

@@ -26,12 +26,12 @@ def exchange_checkpoints(home: ClientHome) -> None:
     """
     with connect(home.config.server.exchange, home.tls.ca, home.tls) as channel:
         cosigned = _cosign_server(home, channel)
-        submit(home, channel, home.server_log, SERVER, home.gate.release_checkpoint, cosigned)
+        submit(home, channel, home.server_logs[0], SERVER, home.gate.release_checkpoint, cosigned)
     ask_witnesses(home, home.gate.release_checkpoint)
 
 
 def _cosign_server(home: ClientHome, channel: Any) -> str:
-    known = home.cosigner.latest(SERVER, home.server_log)
+    known = home.cosigner.latest(SERVER, *home.server_logs)
     try:
         request = pb.GetCheckpointRequest(since=known.size)
         reply = rpc.LogStub(channel).GetCheckpoint(request, timeout=CALL_S)
@@ -40,7 +40,7 @@ def _cosign_server(home: ClientHome, channel: Any) -> str:
     size = len(reply.note) + HASH_BYTES * len(reply.proof)
     home.ledger.record(Crossing.of_checkpoint("in", SERVER, reply.note, size))
     try:
-        note = home.cosigner.cosign(SERVER, [home.server_log], reply.note, known.size, list(reply.proof))
+        note = home.cosigner.cosign(SERVER, home.server_logs, reply.note, known.size, list(reply.proof))
     except ProofError as err:
         raise ProofError(
             f"the server's ledger has not grown from the {known.size} entries seen before: {err.message}",

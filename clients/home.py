@@ -41,6 +41,7 @@ class ServerAddress(Frozen):
     enrol: str
     public_key: str
     log_key: str
+    retired_log_keys: tuple[str, ...] = ()
 
 
 class ClientConfig(Frozen):
@@ -97,10 +98,11 @@ class ClientHome(LedgerHome):
         return PublicKey.from_hex(self.config.server.public_key)
 
     @cached_property
-    def server_log(self) -> Verifier:
-        """Verifies the checkpoints of the merge server's ledger."""
-        key = PublicKey.from_hex(self.config.server.log_key)
-        return Verifier(log_origin(SERVER, key), key)
+    def server_logs(self) -> list[Verifier]:
+        """Who signs the checkpoints of the merge server's ledger, then who did before."""
+        server = self.config.server
+        keys = [PublicKey.from_hex(key) for key in (server.log_key, *server.retired_log_keys)]
+        return [Verifier(log_origin(SERVER, key), key) for key in keys]
 
     @property
     def shore(self) -> str:

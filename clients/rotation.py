@@ -7,19 +7,14 @@ from pathlib import Path
 import grpc
 
 from clients.home import ClientHome
-from common.checkpoints import CHECKPOINT
-from common.errors import ConfigError
-from common.files import fsync_folder
-from common.notes import Signer
+from common.errors import ConfigError, SignatureError
+from common.ledger import Crossing
+from common.parcels import SERVER
 from common.processes import listens
-from common.roots import log_origin
 from common.rotation import Rotation
-from common.signing import SigningKey
 from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.link import CALL_S, connect, raise_refused, translated
-
-NAMES = ("identity.key", "log.key")
 
 
 def rotate(path: Path) -> ClientHome:
@@ -36,17 +31,10 @@ def rotate(path: Path) -> ClientHome:
             "an order is unfinished, and what it sent was signed with the old key",
             next_step="isthmus client up until it is idle",
         )
-    waiting = home.keys / "next"
     if home.journal.get("rotation") != {"accepted": True}:
-        new, log = (SigningKey.ensure(waiting / name) for name in NAMES)
-        _ask(home, Rotation.make(home.config.domain, SigningKey.load(home.keys / NAMES[0]), new, log.public))
-        home.cosigner.hand_over(Signer(log_origin(home.config.domain, log.public), log))
+        _ask(home, home.rotation_to_new_keys())
         home.journal.put("rotation", {"accepted": True})
-    (path / CHECKPOINT).unlink(missing_ok=True)  # by the old log key; the ledger was held against it just now
-    for name in NAMES:
-        if (waiting / name).exists():
-            (waiting / name).replace(home.keys / name)
-    fsync_folder(home.keys)
+    home.take_new_keys()
     renewed = ClientHome(path)
     renewed.keep_checkpoint()
     renewed.journal.put("rotation", {"accepted": False})
@@ -64,3 +52,28 @@ def _ask(home: ClientHome, rotation: Rotation) -> None:
             raise translated(err) from None
     if reply.WhichOneof("outcome") != "ledger_size":
         raise_refused(reply.refused)
+
+
+def accept_server_keys(path: Path, data: bytes) -> ClientHome:
+    """Pin the server's new keys, which the pinned one signed. Only the owner does this, by hand.
+
+    Raises SignatureError or ParcelError when they are not the successors of the pinned key, StorageError.
+    """
+    home = ClientHome(path)
+    keys, pinned = Rotation.open(data).keys, home.config.server
+    if keys.shore != SERVER or keys.replaces != pinned.public_key:
+        raise SignatureError(
+            "these keys do not replace the pinned one",
+            next_step="ask the operator for every rotation since this owner joined, and accept them in order",
+        )
+    home.keep_rotation(data)
+    home.ledger.record_once(Crossing.of_keys("in", SERVER, data))
+    server = pinned.model_copy(
+        update={
+            "public_key": keys.identity_key,
+            "log_key": keys.log_key,
+            "retired_log_keys": (pinned.log_key, *pinned.retired_log_keys),
+        }
+    )
+    ClientHome.write_config(home.path, home.config.model_copy(update={"server": server}))
+    return ClientHome(path)

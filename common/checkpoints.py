@@ -17,13 +17,15 @@ from pathlib import Path
 
 from common.cosigning import Cosigner
 from common.errors import IsthmusError, LedgerError
-from common.files import sha256_bytes, write_atomic
+from common.files import fsync_folder, sha256_bytes, write_atomic
 from common.ledger import Ledger
 from common.notes import Checkpoint, Note, Signer, Verifier
 from common.roots import log_origin
+from common.rotation import Rotation
 from common.signing import SigningKey
 
 CHECKPOINT = "checkpoint"
+KEYS = ("identity.key", "log.key")
 
 
 class LedgerHome:
@@ -65,6 +67,32 @@ class LedgerHome:
         return [
             path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("[!.]*"))
         ]
+
+    def rotation_to_new_keys(self) -> Rotation:
+        """A change to keys that wait in `keys/next`, made there unless they are; kept for whoever audits.
+
+        What was cosigned here is cosigned with the new log key, too. Raises StorageError, LedgerError.
+        """
+        new, log = (SigningKey.ensure(self.path / "keys" / "next" / name) for name in KEYS)
+        old = SigningKey.load(self.path / "keys" / KEYS[0])
+        rotation = Rotation.make(self.shore, old, new, log.public)
+        self.keep_rotation(rotation.data)
+        self.cosigner.hand_over(Signer(log_origin(self.shore, log.public), log))
+        return rotation
+
+    def take_new_keys(self) -> None:
+        """Put the waiting keys in the place of the old ones; open the home anew afterwards.
+
+        Safe to repeat after a crash. The ledger was held against its checkpoint just now, which is of the
+        old log key and goes away: sign the next one at once.
+        """
+        len(self.ledger)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        keys = self.path / "keys"
+        for name in KEYS:
+            if (keys / "next" / name).exists():
+                (keys / "next" / name).replace(keys / name)
+        fsync_folder(keys)
 
     def keep_rotation(self, data: bytes) -> None:
         """Keep a change of keys for whoever audits. Raises StorageError."""

@@ -32,7 +32,7 @@ PAYLOAD_TYPE = "application/vnd.isthmus.root.v1+json"
 LIFETIME_S = 365 * 24 * 3600
 
 
-class Party(Exact):
+class Keys(Exact):
     """The two keys of a shore: `identity_key` signs parcels, orders and receipts, `log_key` checkpoints."""
 
     identity_key: PublicKeyHex
@@ -42,11 +42,26 @@ class Party(Exact):
     def identity(self) -> PublicKey:
         return PublicKey.from_hex(self.identity_key)
 
-    def generations(self) -> tuple[Party, ...]:
-        """The keys that count, then those that did before."""
-        return (self,)
 
-    def keys_of(self, key_id: str) -> Party:
+class RetiredKeys(Keys):
+    """Keys that were replaced, or revoked before their owner joined again.
+
+    `size` is the size of the server's ledger then: what is older stays valid.
+    """
+
+    size: Whole
+
+
+class Party(Keys):
+    """A shore; `retired` are its earlier keys, the newest first."""
+
+    retired: Annotated[tuple[RetiredKeys, ...], Field(max_length=64)] = ()
+
+    def generations(self) -> tuple[Keys, ...]:
+        """The keys that count, then those that did before."""
+        return (self, *self.retired)
+
+    def keys_of(self, key_id: str) -> Keys:
         """The generation whose identity key has this id. Raises SignatureError when there is none."""
         for keys in self.generations():
             if keys.identity.key_id == key_id:
@@ -54,20 +69,10 @@ class Party(Exact):
         raise SignatureError("signed with a key that is not this shore's")
 
 
-class RetiredKeys(Party):
-    """Keys that were replaced, or revoked before their owner joined again.
-
-    `size` is the size of the server's ledger then: what it accepted before stays valid.
-    """
-
-    size: Whole
-
-
 class RootMember(Party):
     """A domain. `revoked_size` is the size of the server's ledger when it was revoked, `revoked_s` the time.
 
-    What the server accepted before that size stays valid; `revoked_s` 0 means: in good standing. `retired`
-    are its earlier keys, the newest first.
+    What the server accepted before that size stays valid; `revoked_s` 0 means: in good standing.
     """
 
     domain: Name
@@ -75,10 +80,6 @@ class RootMember(Party):
     certificate_fingerprint: Digest
     revoked_s: Whole = 0
     revoked_size: Whole = 0
-    retired: Annotated[tuple[RetiredKeys, ...], Field(max_length=64)] = ()
-
-    def generations(self) -> tuple[Party, ...]:
-        return (self, *self.retired)
 
 
 class Witness(Exact):

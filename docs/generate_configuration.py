@@ -101,6 +101,8 @@ CLIENT_MEANINGS = {
     "server.exchange": "`host:port` of the data channel.",
     "server.enrol": "`host:port` of enrolment.",
     "server.public_key": "The server's Ed25519 key; what the server signs is checked by it.",
+    "server.retired_log_keys": "Log keys that the server had before (isthmus client server-keys).",
+    "server.log_key": "The server's Ed25519 key that signs the checkpoints of its ledger.",
     "base": "Its digest must be that of the run, or the run is refused.",
     "approved_fabs": "SHA-256 of the app bundles that the runner answers to; join writes the kit's. "
     "A bundle is compared, never unpacked.",

@@ -107,6 +107,20 @@ def root_command(
 
 
 @app.command()
+def rotate(
+    out: Annotated[Path, typer.Option(help="where to write what the owners need")],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Replace the server's identity and log key by new ones, signed by both; the server must be down."""
+    from server.rotation import rotate_own
+
+    renewed = rotate_own(home.expanduser(), out)
+    typer.echo(f"new identity key {renewed.identity.public.fingerprint}")
+    typer.echo(f"next: isthmus server root; hand {out} to every owner: isthmus client server-keys {out}")
+    typer.echo("join kits that are out no longer work: invite again")
+
+
+@app.command()
 def witness(
     card: Annotated[Path, typer.Argument(help="the witness's card (isthmus witness card)")],
     home: HomeOption = DEFAULT_HOME,

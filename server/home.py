@@ -3,6 +3,7 @@
 server.toml      name, hosts, ports
 keys/            CA, TLS certificate, identity, log and root key (Ed25519), Flower's shared secret
 root.json        whose keys count, signed by the root key (`common.roots`)
+retired.json     keys that this server had before
 members.json     who joined;  invites/  digests of one-time tokens
 ledger.jsonl     every crossing;  checkpoint  what it was at least, signed
 store/           admitted and published parcels
@@ -12,6 +13,7 @@ flower/, logs/, empty/, status
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tomllib
@@ -29,6 +31,7 @@ from common.errors import ConfigError, FederationError
 from common.files import sha256_bytes, write_atomic
 from common.ledger import Crossing
 from common.parcels import SERVER
+from common.roots import RetiredKeys
 from common.signing import SigningKey
 from server.members import Invitations, Member, Members
 from server.runs import Runs
@@ -105,6 +108,23 @@ class ServerHome(LedgerHome):
     def shore(self) -> str:
         """The name of this shore in ledgers and checkpoints."""
         return SERVER
+
+    @property
+    def retired_keys(self) -> tuple[RetiredKeys, ...]:
+        """The keys that this server had before, the newest first."""
+        path = self.path / "retired.json"
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return tuple(RetiredKeys(**record) for record in records)
+
+    def retire_keys(self, size: int) -> None:
+        """Note today's keys as retired when the ledger had `size` entries; once. Raises StorageError."""
+        keys = RetiredKeys(
+            identity_key=self.identity.public.hex, log_key=self.log_signer.key.public.hex, size=size
+        )
+        known = self.retired_keys
+        if keys.identity_key not in {old.identity_key for old in known}:
+            records = [old.model_dump() for old in (keys, *known)]
+            write_atomic(self.path / "retired.json", json.dumps(records, indent=1).encode() + b"\n")
 
     @cached_property
     def store(self) -> ParcelStore:

@@ -148,7 +148,11 @@ def _wanted(
         expires_s=created_s + LIFETIME_S,
         threshold=threshold,
         root_keys=root_keys,
-        server=Party(identity_key=home.identity.public.hex, log_key=home.log_signer.key.public.hex),
+        server=Party(
+            identity_key=home.identity.public.hex,
+            log_key=home.log_signer.key.public.hex,
+            retired=home.retired_keys,
+        ),
         witnesses=tuple(card.in_root for card in witnesses_of(home.path)),
         members=tuple(member.in_root for member in home.members.all()),
     )

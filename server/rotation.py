@@ -1,11 +1,17 @@
-"""A member goes over to new keys."""
+"""Going over to new keys: a member's, and the server's own."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from common.checkpoints import LedgerHome
-from common.errors import RefusedError
+from common.errors import ConfigError, RefusedError
+from common.files import write_atomic
 from common.ledger import Crossing
+from common.parcels import EVERYONE
+from common.processes import listens
 from common.rotation import Rotation
+from server.home import ServerHome
 from server.members import Member, Members
 
 
@@ -35,3 +41,30 @@ def rotate(home: LedgerHome, members: Members, member: Member, data: bytes) -> i
         size = len(home.ledger)
         members.rotate(keys, ledger_size=size)
         return size
+
+
+def rotate_own(path: Path, out: Path) -> ServerHome:
+    """Give the server at `path` new identity and log keys, and write the rotation for its owners to `out`.
+
+    Safe to repeat after a crash. Raises ConfigError while it serves or a run is open, StorageError.
+    """
+    home = ServerHome(path)
+    if listens("127.0.0.1", home.config.ports.superlink):
+        raise ConfigError("the server is up", next_step="end isthmus server up first")
+    if home.runs.open():
+        raise ConfigError(
+            "a run is open, and its orders are signed with the old key", next_step="isthmus run list"
+        )
+    done = home.path / "rotation.json"  # of a rotation that a crash left between its steps
+    if not done.exists():
+        rotation = home.rotation_to_new_keys()
+        with home.ledger.locked():
+            home.ledger.record_once(Crossing.of_keys("out", EVERYONE, rotation.data))
+            home.retire_keys(len(home.ledger))
+        write_atomic(done, rotation.data)
+    write_atomic(out, done.read_bytes())
+    home.take_new_keys()
+    renewed = ServerHome(path)
+    renewed.keep_checkpoint()
+    done.unlink()
+    return renewed

@@ -28,7 +28,7 @@ from common.ledger import LINE_BYTES, Crossing, lines, walk
 from common.notes import Checkpoint, Note
 from common.parcels import EVERYONE, SERVER, Header, Kind, Privacy, Receipt
 from common.payloads import check_tensors, inspect
-from common.roots import Party, RetiredKeys, Root, RootMember, log_verifiers
+from common.roots import Keys, Party, RetiredKeys, Root, RootMember, log_verifiers
 from common.rotation import Rotation
 from common.signing import Sealed
 from common.statements import Statement, TreeHead
@@ -123,7 +123,7 @@ class _Parcel(NamedTuple):
 
     header: Header
     envelope_bytes: int
-    keys: Party
+    keys: Keys
 
 
 @dataclass
@@ -303,6 +303,9 @@ class _Audit:
     def _check_entry(self, log: _Log, index: int, crossing: Crossing) -> None:
         if crossing.type == "checkpoint" and crossing.peer in self._witnesses:
             return
+        if (crossing.type, crossing.direction, crossing.peer) == ("keys", "out", EVERYONE):
+            self._check_rotation(log, index, crossing)
+            return
         across = (crossing.peer == SERVER) != (log.shore == SERVER)
         if crossing.peer not in self._parties or not across:
             if crossing.type != "parcel" or crossing.verdict in ("", "accepted"):
@@ -375,7 +378,7 @@ class _Audit:
             self._heads[sender].append(header.checkpoint)
         return self._parcels[digest]
 
-    def _opened(self, what: type[S], envelope: bytes, signer: str) -> tuple[S, Party]:
+    def _opened(self, what: type[S], envelope: bytes, signer: str) -> tuple[S, Keys]:
         """A statement by `signer`, and those of its keys, today's or earlier ones, that signed it."""
         sealed = Sealed.parse(envelope)
         keys = self._parties[signer].keys_of(sealed.key_id)
@@ -532,6 +535,7 @@ class _Audit:
                     )
             for type_ in ("message", "checkpoint", "keys"):
                 spoken = Counter(crossing.digest for _, crossing in giver.at(type_, "out", taker.shore))
+                spoken.update(crossing.digest for _, crossing in giver.at(type_, "out", EVERYONE))
                 for index, crossing in taker.at(type_, "in", giver.shore):
                     spoken[crossing.digest] -= 1
                     if spoken[crossing.digest] < 0:

@@ -10,7 +10,7 @@ from localgrid import LocalFederation
 
 from clients.cosigning import exchange_checkpoints
 from clients.home import ClientHome
-from clients.rotation import rotate
+from clients.rotation import accept_server_keys, rotate
 from clients.up import up
 from common.audit.bundle import Bundle
 from common.audit.cli import EXPORTERS
@@ -26,6 +26,7 @@ from server.export import export as export_server
 from server.intake import Intake
 from server.roots import newest_root
 from server.rotation import rotate as take
+from server.rotation import rotate_own
 
 
 @pytest.fixture
@@ -182,3 +183,66 @@ def test_who_joins_again_after_a_revocation_keeps_its_past(federation: LocalFede
     assert again.in_root.keys_of(known.key.key_id).identity_key == known.identity_key
     with pytest.raises(SignatureError):
         again.in_root.keys_of("0" * 64)
+
+
+def test_the_server_goes_over_and_its_owners_follow_by_hand(
+    federation: LocalFederation, tmp_path: Path
+) -> None:
+    before = federation.server().identity.public
+    assert federation.exchange is not None
+    rotations = []
+    for number in range(2):
+        renewed = rotate_own(federation.server_path, tmp_path / f"{number}.json")
+        rotations.append((tmp_path / f"{number}.json").read_bytes())
+    federation.serve_exchange()
+    assert renewed.identity.public != before
+    home = federation.owner("toys")
+    with pytest.raises(SignatureError):
+        exchange_checkpoints(home)  # signed by a log key that it does not know
+    for wrong in (
+        rotations[1],
+        Rotation.make(SERVER, SigningKey(b"x" * 32), renewed.identity, renewed.log_signer.key.public).data,
+    ):
+        with pytest.raises(SignatureError, match="do not replace"):
+            accept_server_keys(home.path, wrong)
+    for rotation in rotations:
+        for domain in federation.domains:
+            accept_server_keys(federation.path(domain), rotation)
+    with pytest.raises(SignatureError, match="do not replace"):
+        accept_server_keys(home.path, rotations[0])
+    for domain in federation.domains:
+        exchange_checkpoints(federation.owner(domain))
+    report = _audit(federation)
+    assert report.all_findings == []
+    retired = newest_root(federation.server()).root.server.retired
+    assert [keys.identity_key for keys in retired][-1] == before.hex
+    assert len(retired) == 2
+
+
+def test_the_servers_rotation_survives_a_crash(
+    federation: LocalFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = tmp_path / "rotation.json", federation.server().identity.public
+    for step in ("retire_keys", "take_new_keys", "keep_checkpoint"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"server.home.ServerHome.{step}", _crash)
+            with pytest.raises(KeyboardInterrupt):
+                rotate_own(federation.server_path, out)
+    renewed = rotate_own(federation.server_path, out)
+    assert [keys.identity_key for keys in renewed.retired_keys] == [before.hex]
+    assert Rotation.open(out.read_bytes()).keys.identity_key == renewed.identity.public.hex
+    federation.serve_exchange()
+    accept_server_keys(federation.path("toys"), out.read_bytes())
+    accept_server_keys(federation.path("books"), out.read_bytes())
+    assert _audit(federation).all_findings == []
+
+
+def _crash(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_server_does_not_go_over_while_it_works(federation: LocalFederation, tmp_path: Path) -> None:
+    federation.run()
+    with pytest.raises(ConfigError, match="run is open"):
+        rotate_own(federation.server_path, tmp_path / "rotation.json")
+    federation.server().runs.open()[0].stop()

@@ -148,7 +148,7 @@ def test_the_server_proves_its_ledger_over_grpc(world: World) -> None:
     with connect(home.config.server.exchange, home.tls.ca, home.tls) as channel:
         stub = rpc.LogStub(channel)
         note = stub.GetCheckpoint(pb.GetCheckpointRequest(since=2))
-        now = Checkpoint.open(note.note, home.server_log)
+        now = Checkpoint.open(note.note, home.server_logs[0])
         verify_consistency(2, now.size, list(note.proof), ledger_root(ledger, 2), now.root)
         proof = stub.Inclusion(pb.InclusionRequest(index=1, size=size)).proof
         line = world.federation.server_path.joinpath("ledger.jsonl").read_bytes().splitlines()[1]
