@@ -230,7 +230,7 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:
         if self.privacy.mechanism != "none":
-            for name in ("history_negatives", "logq_correction"):
+            for name in ("history_negatives", "logq_correction", "dropout"):
                 if getattr(self.training, name):
                     raise ValueError(f"training.{name} does not go with privacy.mechanism 'dp-sgd'")
         return self

@@ -155,13 +155,18 @@ def fit_key(domains: Sequence[Domain], base_folder: Path, config: RunConfig) -> 
 def load_encoder(
     folder: Path, config: RunConfig, *, device: str | None = None, training: bool = True
 ) -> Encoder:
-    """The encoder as the configuration wants it, on CUDA where there is one (`device` None)."""
+    """The encoder as the configuration wants it, on CUDA where there is one (`device` None).
+
+    With differential privacy without dropout: its random state is public, and one user more would shift the
+    others' masks.
+    """
+    dropout = config.training.dropout if config.privacy.mechanism == "none" else 0.0
     return Encoder.load(
         folder,
         pooling=config.base.pooling,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=config.training.precision,
-        dropout=config.training.dropout if training else None,
+        dropout=dropout if training else None,
         for_training=training,
     )
 

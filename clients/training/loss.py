@@ -1,7 +1,7 @@
 """The training objective: softmax over cosine / temperature (MergeRec sec. 2.2).
 
 Its negatives are the other items of the batch, or, where users must not see each other's (`clients.training.
-private`), fixed items of the public catalog.
+private`), items of the public catalog.
 """
 
 from __future__ import annotations
@@ -34,18 +34,16 @@ def in_batch_loss(
     return nn.functional.cross_entropy(logits_BU.masked_fill(blocked_BU, -torch.inf), target_B)
 
 
-def fixed_negatives_loss(
-    z_UE: Tensor, target_UE: Tensor, negative_NE: Tensor, blocked_UN: Tensor, temperature: float
-) -> Tensor:
-    """For each user `-log softmax(z . [target, negatives] / temperature)[target]`, of its own row alone (U).
+def own_candidates_loss(z_UE: Tensor, item_UIE: Tensor, blocked_UI: Tensor, temperature: float) -> Tensor:
+    """For each user `-log softmax_i(z . e_i / temperature)[0]` over candidates of its own (U).
 
-    Negatives where `blocked_UN` is True are left out of that row's softmax. Embeddings are unit-norm.
+    The first candidate is the target; those where `blocked_UI` is True are left out. Embeddings are unit-norm.
     """
-    own_U1 = (z_UE * target_UE).sum(dim=1, keepdim=True)
-    others_UN = (z_UE @ negative_NE.T).masked_fill(blocked_UN, -torch.inf)
-    logits = torch.cat([own_U1, others_UN], dim=1) / temperature
-    first_U = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return nn.functional.cross_entropy(logits, first_U, reduction="none")
+    logits_UI = torch.einsum("ue,uie->ui", z_UE, item_UIE) / temperature
+    first_U = torch.zeros(len(z_UE), dtype=torch.int64, device=z_UE.device)
+    return nn.functional.cross_entropy(
+        logits_UI.masked_fill(blocked_UI, -torch.inf), first_U, reduction="none"
+    )
 
 
 class TwoTower(nn.Module):
@@ -79,23 +77,19 @@ class TwoTower(nn.Module):
         loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
         return {"loss": loss}
 
-    def embed_negatives(self, list_of_ids: list[list[int]]) -> Tensor:
-        """Embeddings of negatives (N, E) by the weights as they are; no gradient passes them."""
-        return self._encoder.encode(list_of_ids)
-
     def user_losses(
         self,
-        negative_NE: Tensor,
         history_ids_UT: Tensor,
         history_mask_UT: Tensor,
-        target_ids_UT: Tensor,
-        target_mask_UT: Tensor,
-        blocked_UN: Tensor,
+        item_ids_UIT: Tensor,
+        item_mask_UIT: Tensor,
+        blocked_UI: Tensor,
     ) -> Tensor:
-        """Each user's own loss (U) for rows of `private.PrivateBatches`."""
+        """Each user's own loss (U) for rows of `private.PrivateBatches`; two users share no embedding."""
         z_UE = self._encoder.forward(history_ids_UT, history_mask_UT)
-        target_UE = self._encoder.forward(target_ids_UT, target_mask_UT)
-        return fixed_negatives_loss(z_UE, target_UE, negative_NE, blocked_UN, self._temperature)
+        item_NE = self._encoder.forward(item_ids_UIT.flatten(0, 1), item_mask_UIT.flatten(0, 1))
+        item_UIE = item_NE.reshape(*blocked_UI.shape, -1)
+        return own_candidates_loss(z_UE, item_UIE, blocked_UI, self._temperature)
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trainable parameters, by their names in the model's file (not copied)."""

@@ -5,11 +5,11 @@ What the promise rests on, one by one:
 - **One user, one bounded vector.** In each step every user takes part on its own with the plan's rate
   (Poisson sampling of users, not of interactions), with one of its positions, drawn anew. Its gradient is
   computed alone (Opacus' per-sample gradients, a sample being a user) and cut to L2 norm `clip`.
-- **Nobody else in it.** Negatives are items of the public catalog, drawn once from the run's seed: in-batch
-  negatives would put one user's items into another's gradient. They are embedded with the weights of the
-  step, without gradients: a gradient through them would be shared by all users of the step.
+- **Nobody else in it.** Negatives are items of the public catalog, drawn for each step from the run's seed:
+  in-batch negatives would put one user's items into another's gradient. Each user embeds them on its own,
+  since the gradient passes through them too (without it all embeddings fall together).
 - **Secret randomness.** Who takes part and the noise come from `SecretRandom`, not from the run's seed,
-  which is public: with it anybody could subtract the noise.
+  which is public: with it anybody could subtract the noise. There is no other: no dropout.
 - **Nothing else looks at the data.** As many steps as planned, the last weights; validation users are
   ranked once, at the end, for the owner alone.
 """
@@ -88,9 +88,9 @@ class Stream:
         return torch.from_numpy(values.astype(np.float32).reshape(shape))
 
 
-def public_negatives(items: int, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """`count` of `items` catalog positions, sorted, by the run's seed: whatever the interactions are."""
-    return np.sort(np.random.default_rng([seed, items]).choice(items, size=min(count, items), replace=False))
+def public_negatives(items: int, count: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+    """`count` of `items` catalog positions for `step`, by the run's seed: whatever the interactions are."""
+    return np.random.default_rng([seed, step]).choice(items, size=min(count, items), replace=False)
 
 
 class PrivateBatches(Dataset[Batch]):
@@ -105,15 +105,14 @@ class PrivateBatches(Dataset[Batch]):
         examples = Examples(domain.train, config.training.positions_per_user)
         self._count_U = np.bincount(examples.user_N, minlength=len(domain.train))
         self._last_U = np.array([len(history) - 1 for history in domain.train])
-        self._negatives = public_negatives(len(domain.item_ids), config.privacy.negatives, config.run.seed)
+        self._negatives, self._seed = config.privacy.negatives, config.run.seed
 
     def __len__(self) -> int:
         return self.plan.steps
 
-    @property
-    def negatives(self) -> list[list[int]]:
-        """Token ids of the negatives."""
-        return [self._tokens.item(int(item)) for item in self._negatives]
+    def negatives(self, step: int) -> npt.NDArray[np.int64]:
+        """Catalog positions of the negatives of `step`, the same for every user."""
+        return public_negatives(len(self._domain.item_ids), self._negatives, self._seed, step)
 
     def members(self, step: int) -> list[tuple[int, int]]:
         """The (user, position) pairs of `step`: a user once at most, each drawn apart from the others."""
@@ -124,33 +123,59 @@ class PrivateBatches(Dataset[Batch]):
         return [(int(user), int(self._last_U[user] - back[user])) for user in chosen]
 
     def __getitem__(self, step: int) -> Batch:
-        chosen = self.members(step)
-        histories = [self._domain.train[user][:position] for user, position in chosen]
-        targets = [int(self._domain.train[user][position]) for user, position in chosen]
-        text = self._text
-        history_ids, history_mask = self._rows(
+        chosen, negatives, text = self.members(step), self.negatives(step), self._text
+        width = 1 + len(negatives)
+        if not chosen:
+            none, no_item = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, width, 1, dtype=torch.int64)
+            return _batch(none, none, no_item, no_item, torch.zeros(0, width, dtype=torch.bool))
+        past = [self._domain.train[user][: position + 1] for user, position in chosen]  # the target is last
+        history_ids_UT, history_mask_UT = self._encoder.batch(
             [
-                self._tokens.history(recent_first(history, text.max_history_items), text.max_seq_len)
-                for history in histories
+                self._tokens.history(recent_first(items[:-1], text.max_history_items), text.max_seq_len)
+                for items in past
             ]
         )
-        target_ids, target_mask = self._rows([self._tokens.item(target) for target in targets])
-        blocked = [
-            np.isin(self._negatives, [*history, target])
-            for history, target in zip(histories, targets, strict=True)
-        ]
-        return {
-            "history_ids_UT": history_ids,
-            "history_mask_UT": history_mask,
-            "target_ids_UT": target_ids,
-            "target_mask_UT": target_mask,
-            "blocked_UN": torch.from_numpy(np.array(blocked, dtype=bool).reshape(-1, len(self._negatives))),
-        }
+        candidates = [int(item) for items in past for item in (items[-1], *negatives)]
+        item_ids, item_mask = self._encoder.batch([self._tokens.item(item) for item in candidates])
+        blocked = np.array([[False, *np.isin(negatives, items)] for items in past])
+        shape = (len(chosen), width, -1)
+        return _batch(
+            history_ids_UT,
+            history_mask_UT,
+            item_ids.reshape(shape),
+            item_mask.reshape(shape),
+            torch.from_numpy(blocked),
+        )
 
-    def _rows(self, list_of_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        if list_of_ids:
-            return self._encoder.batch(list_of_ids)
-        return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64)
+
+def _batch(history_ids: Tensor, history_mask: Tensor, ids: Tensor, mask: Tensor, blocked: Tensor) -> Batch:
+    """The arguments of `TwoTower.user_losses`."""
+    return {
+        "history_ids_UT": history_ids,
+        "history_mask_UT": history_mask,
+        "item_ids_UIT": ids,
+        "item_mask_UIT": mask,
+        "blocked_UI": blocked,
+    }
+
+
+class UserHooks(GradSampleHooks):  # type: ignore[misc]
+    """Opacus' per-sample gradients where a sample is one of `users`, and has several rows, side by side."""
+
+    users = 0
+
+    def rearrange_grad_samples(
+        self, *, module: nn.Module, backprops: Tensor, loss_reduction: str, batch_first: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """Rows (users * rows, ...) as (users, rows, ...): the samplers sum over all but the first axis."""
+        activations, backprops = super().rearrange_grad_samples(
+            module=module, backprops=backprops, loss_reduction=loss_reduction, batch_first=batch_first
+        )
+        setattr(module, "max_batch_len", self.users)  # noqa: B010 - Opacus keeps it there
+        return [self._grouped(tensor) for tensor in activations], self._grouped(backprops)
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.users, -1, *tensor.shape[1:])
 
 
 class PrivateTrainer(EncoderTrainer):
@@ -170,7 +195,7 @@ class PrivateTrainer(EncoderTrainer):
         self._privacy, self._batches = batches.plan, batches
         # the hooks want inputs with a gradient
         tower.backbone.enable_input_require_grads()  # type: ignore[operator]
-        self._hooks = GradSampleHooks(tower.backbone, loss_reduction="sum")
+        self._hooks = UserHooks(tower.backbone, loss_reduction="sum")
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """Put the private gradient of the step in place; returns the mean loss, for the owner's log."""
@@ -192,10 +217,10 @@ class PrivateTrainer(EncoderTrainer):
         parameters = [parameter for parameter in self.tower.parameters() if parameter.requires_grad]
         summed = {parameter: torch.zeros_like(parameter) for parameter in parameters}
         losses = []
-        negative_NE = self.tower.embed_negatives(self._batches.negatives)
-        for start in range(0, len(inputs["blocked_UN"]), USERS_AT_ONCE):
+        for start in range(0, len(inputs["blocked_UI"]), USERS_AT_ONCE):
             rows = {name: tensor[start : start + USERS_AT_ONCE] for name, tensor in inputs.items()}
-            loss_U = self.tower.user_losses(negative_NE, **rows)
+            loss_U = self.tower.user_losses(**rows)
+            self._hooks.users = len(loss_U)
             loss_U.sum().backward()  # type: ignore[no-untyped-call]
             losses.append(loss_U.detach())
             self._add_clipped(summed)

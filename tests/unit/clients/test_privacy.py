@@ -101,6 +101,7 @@ def test_a_run_without_the_demanded_privacy_is_refused() -> None:
         ("mechanism = 'dp-sgd'\nepsilon = 3\nnoise_multiplier = 1.0", "either epsilon or noise"),
         ("mechanism = 'dp-sgd'\nepsilon = 3\n[training]\nhistory_negatives = 2", "history_negatives"),
         ("mechanism = 'dp-sgd'\nepsilon = 3\n[training]\nlogq_correction = true", "logq_correction"),
+        ("mechanism = 'dp-sgd'\nepsilon = 3\n[training]\ndropout = 0.1", "dropout"),
     ],
 )
 def test_a_configuration_that_contradicts_itself(tmp_path: Path, lines: str, complaint: str) -> None:

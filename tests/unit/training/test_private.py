@@ -42,7 +42,6 @@ def domain() -> Any:
 @pytest.fixture
 def config(pico_config: RunConfig) -> RunConfig:
     document = pico_config.model_dump()
-    document["training"]["dropout"] = 0.0
     document["privacy"] |= {
         "mechanism": "dp-sgd",
         "noise_multiplier": 1.0,
@@ -83,10 +82,9 @@ def test_the_sum_is_that_of_each_users_own_clipped_gradient(trainer: PrivateTrai
     trainer.close()
     parameters = list(summed)
     expected = torch.zeros(sum(parameter.numel() for parameter in parameters))
-    negative_NE = trainer.tower.embed_negatives(trainer.train_dataset.negatives)
     norms = []
     for user in range(11):
-        loss = trainer.tower.user_losses(negative_NE, **rows(batch, [user])).sum()
+        loss = trainer.tower.user_losses(**rows(batch, [user])).sum()
         found = torch.autograd.grad(loss, parameters)
         gradient = torch.cat([part.flatten() for part in found])
         norms.append(float(gradient.norm()))
@@ -108,12 +106,10 @@ def test_one_user_more_or_less_moves_the_sum_by_the_clip_at_most(trainer: Privat
 
 def test_no_other_user_is_in_a_users_loss(trainer: PrivateTrainer) -> None:
     batch = rows(trainer.train_dataset[0], list(range(6)))
-    negative_NE = trainer.tower.embed_negatives(trainer.train_dataset.negatives)
-    together = trainer.tower.user_losses(negative_NE, **batch)
+    together = trainer.tower.user_losses(**batch)
     for user in range(6):
-        alone = trainer.tower.user_losses(negative_NE, **rows(batch, [user]))
+        alone = trainer.tower.user_losses(**rows(batch, [user]))
         torch.testing.assert_close(together[user : user + 1], alone, rtol=1e-4, atol=1e-4)
-    assert not negative_NE.requires_grad
 
 
 def test_negatives_are_of_the_catalog_whoever_the_users_are(
@@ -130,18 +126,20 @@ def test_negatives_are_of_the_catalog_whoever_the_users_are(
     secret = SecretRandom(tmp_path / "other.key")
     encoder = trainer.tower._encoder
     again = PrivateBatches(encoder, others, config, plan_of(), secret)
-    assert again.negatives == trainer.train_dataset.negatives
-    assert len(again.negatives) == 12
-    assert public_negatives(30, 12, 0).tolist() != public_negatives(30, 12, 1).tolist()
+    for step in (0, 7):
+        assert again.negatives(step).tolist() == trainer.train_dataset.negatives(step).tolist()
+        assert len(set(again.negatives(step).tolist())) == 12
+    assert again.negatives(0).tolist() != again.negatives(1).tolist()
+    assert public_negatives(30, 12, 0, 0).tolist() != public_negatives(30, 12, 1, 0).tolist()
 
 
 def test_a_users_own_items_are_not_its_negatives(trainer: PrivateTrainer, domain: Any) -> None:
-    negatives = public_negatives(30, 12, 0)
+    negatives = public_negatives(30, 12, 0, 0)
     members, batch = trainer.train_dataset.members(0), trainer.train_dataset[0]
     assert len(members) == 60
     for row, (user, position) in enumerate(members):
         own = set(domain.train[user][: position + 1].tolist())
-        assert batch["blocked_UN"][row].tolist() == [int(item) in own for item in negatives]
+        assert batch["blocked_UI"][row].tolist() == [False, *(int(item) in own for item in negatives)]
 
 
 def test_users_take_part_once_at_the_rate_at_any_of_their_positions(
@@ -167,7 +165,7 @@ def test_a_step_without_users_is_noise_of_the_declared_size(
     path.write_bytes(bytes(range(32)))
     empty = PrivateBatches(trainer.tower._encoder, domain, config, plan_of(1e-12), SecretRandom(path))
     batch = empty[0]
-    assert batch["blocked_UN"].shape == (0, 12)
+    assert batch["blocked_UI"].shape == (0, 13)
     trainer._batches = empty
     trainer.training_step(trainer.tower, batch)
     noise = torch.cat([p.grad.flatten() for p in trainer.tower.parameters() if p.grad is not None])
