@@ -79,11 +79,9 @@ class Spent:
         if not self.vectors:
             return "no task vector has left"
         protected = self.vectors - self.unprotected
-        text = (
-            f"epsilon {self.epsilon:g}, delta {self.delta:g} in {protected} task vectors" if protected else ""
-        )
-        bare = f"{self.unprotected} left without differential privacy" if self.unprotected else ""
-        return "; ".join(part for part in (text, bare) if part)
+        text = f"epsilon {self.epsilon:g}, delta {self.delta:g} by {protected} of {self.vectors} task vectors"
+        bare = f"; {self.unprotected} left without differential privacy" if self.unprotected else ""
+        return text + bare
 
 
 def spent(journal: Journal, *, without: str = "") -> Spent:

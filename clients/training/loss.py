@@ -37,7 +37,7 @@ def in_batch_loss(
 def own_candidates_loss(z_UE: Tensor, item_UIE: Tensor, blocked_UI: Tensor, temperature: float) -> Tensor:
     """For each user `-log softmax_i(z . e_i / temperature)[0]` over candidates of its own (U).
 
-    The first candidate is the target; those where `blocked_UI` is True are left out. Embeddings are unit-norm.
+    The first candidate is the target; those where `blocked_UI` is True are left out. Embeddings: unit norm.
     """
     logits_UI = torch.einsum("ue,uie->ui", z_UE, item_UIE) / temperature
     first_U = torch.zeros(len(z_UE), dtype=torch.int64, device=z_UE.device)

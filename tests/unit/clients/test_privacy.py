@@ -64,7 +64,7 @@ def test_what_left_adds_up_and_the_same_vector_counts_once(toys: Owner, tmp_path
     toys.restart()
     assert spent(toys.journal) == Spent(3, 1, 6.0, 2e-5)
     assert str(spent(toys.journal)) == (
-        "epsilon 6, delta 2e-05 in 2 task vectors; 1 left without differential privacy"
+        "epsilon 6, delta 2e-05 by 2 of 3 task vectors; 1 left without differential privacy"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from clients.privacy import PrivacyLimits, read_claim
 from clients.training.accounting import NOISE_KEY, PrivacyPlan
+from clients.training.evaluate import evaluate
 from clients.training.fit import fine_tune, fit_folder, load_encoder
 from clients.training.loss import TwoTower
 from clients.training.private import PrivateBatches, PrivateTrainer, SecretRandom, public_negatives
@@ -22,6 +23,7 @@ from clients.training.trainer import Plan
 from common.config import RunConfig
 from common.errors import GateError
 from common.models.base import trainable_tensors
+from common.models.encoder import Encoder
 from common.progress import NO_REPORT
 
 CLIP, ALL = 0.5, 1.0
@@ -253,3 +255,16 @@ def test_without_privacy_nothing_is_different(
     other = RunConfig.model_validate(document)
     folder = fit_folder(domain, pico_model, pico_config, tmp_path)
     assert fit_folder(domain, pico_model, other, tmp_path) == folder
+
+
+def test_private_training_learns(domain: Any, pico_model: Path, config: RunConfig, tmp_path: Path) -> None:
+    document = config.model_dump()
+    document["training"] |= {"batch_size": 25, "max_steps": 40, "learning_rate": 2e-3}
+    document["privacy"] |= {"noise_multiplier": 0.1, "clip_norm": 1.0}
+    run = RunConfig.model_validate(document)
+    folder = fit_folder(domain, pico_model, run, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / NOISE_KEY).write_bytes(bytes(range(32)))
+    result = fine_tune(domain, pico_model, run, tmp_path)
+    zero_shot = evaluate(Encoder.load(pico_model), domain, run, "valid").metrics["ndcg@10"]
+    assert result.validation_ndcg > 1.5 * zero_shot  # with little noise: the loss and the gradients are right
