@@ -1,4 +1,4 @@
-"""What an owner does when it is asked: contribute, evaluate, install. Each step once, whatever is killed.
+"""What an owner does when it is asked: contribute, evaluate, install, revoke. Each once, whatever is killed.
 
 Every fact is journaled before the next step begins: the order before the work, the sealed parcel before
 the upload, the receipt before the reply. So the same order asked twice (by a server that lost its
@@ -23,16 +23,18 @@ from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
 from clients.privacy import read_claim, spent
 from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
+from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
-from common.errors import BaseMismatchError, RefusedError, TransportError
+from common.errors import BaseMismatchError, GateError, ParcelError, PolicyError, RefusedError, TransportError
 from common.files import sha256_bytes, write_atomic
 from common.models.base import model_digest, resolve_base, trainable_tensors
-from common.orders import CONTRIBUTE, EVALUATE, INSTALL, Order
+from common.orders import CONTRIBUTE, EVALUATE, INSTALL, REVOKE, Order
 from common.parcels import SERVER, Codec, Kind, bucket, draft
 from common.payloads import encode_values
 from common.progress import StatusFile
+from common.revocation import Revocation
 
 log = logging.getLogger(__name__)
 ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
@@ -60,12 +62,20 @@ class Actions:
             return
         base = resolve_base(self._home.config.base)
         self._check_base(order, base)
+        tensors = trainable_tensors(base)
         if order.action == CONTRIBUTE:
-            self._home.config.policy.privacy.check_run(order.config)
-        self._home.gate.agree(order.run, order.base_digest, trainable_tensors(base), labels_of(order.config))
+            self._home.policy.check_run(order.config, tensors)
+            if self._home.policy.require_isolation and not isolation.possible():
+                raise PolicyError(isolation.IMPOSSIBLE, next_step=isolation.IMPOSSIBLE_STEP)
+        self._home.gate.agree(order.run, order.base_digest, tensors, labels_of(order.config))
         self._home.journal.put(key, fact)
-        step = {CONTRIBUTE: self._contribute, EVALUATE: self._evaluate, INSTALL: self._install}[order.action]
-        step(order, base)
+        steps = {
+            CONTRIBUTE: self._contribute,
+            EVALUATE: self._evaluate,
+            INSTALL: self._install,
+            REVOKE: self._revoke,
+        }
+        steps[order.action](order, base)
         self._watch()
         self._home.journal.put(key, {**fact, "done": True})
         self._home.keep_checkpoint()
@@ -96,11 +106,12 @@ class Actions:
             "batch_size": order.config.training.batch_size,
             "items": len(domain.item_ids),
             "users_bucket": bucket(len(domain.user_ids)),
+            "isolated": int(result["isolated"]),
         }
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
-            self._send(order, Kind.TASK_VECTOR, Path(result["vector_path"]), codec, facts)
-        set_own_model(self._home.path, Path(result["model_folder"]), order.config)
+            self._send(order, Kind.TASK_VECTOR, self._in_work(result["vector_path"]), codec, facts)
+        set_own_model(self._home.path, self._in_work(result["model_folder"]), order.config)
         self._send_metrics(order, result)
 
     def _send_card_and_catalog(self, order: Order, domain: Domain, work: Path) -> None:
@@ -113,9 +124,7 @@ class Actions:
             "interactions_bucket": bucket(domain.interactions),
             "synthetic": int(domain.synthetic),
         }
-        allowed = {
-            name: value for name, value in card.items() if name in self._home.config.policy.card_fields
-        }
+        allowed = {name: value for name, value in card.items() if name in self._home.policy.card_fields}
         write_atomic(work / "card.json", encode_values(allowed))
         self._send(order, Kind.DOMAIN_CARD, work / "card.json", Codec.JSON, {})
         self._send(order, Kind.CATALOG, catalog, Codec.PARQUET, {})
@@ -137,12 +146,24 @@ class Actions:
         with self._timed("install"):
             kept = universal.model_copy(update={"label": UNIVERSAL, "keep": True})
             result = self._job(order, base, "candidates", [kept])
-            composed = Path(result["evaluations"][UNIVERSAL]["model_folder"])
+            composed = self._in_work(result["evaluations"][UNIVERSAL]["model_folder"])
             digest = universal.model_digest
             installed = install(self._home.path, composed, base, digest, config=order.config)
             shutil.rmtree(composed)
         self._compare(order, installed, result["evaluations"][UNIVERSAL]["metrics"])
         self._send_metrics(order, result)
+
+    def _revoke(self, order: Order, _base: Path) -> None:
+        """Remember which vector was withdrawn and which models hold it (`ClientHome.is_withdrawn`)."""
+        folder = self._home.work(order.run) / "candidates"
+        for wanted in order.candidates:
+            parcel = self._exchange.fetch(wanted.parcel, folder)
+            header = parcel.header
+            if (header.kind, header.base_digest) != (Kind.REVOCATION, order.base_digest):
+                raise ParcelError("what the server gave is not a revocation about this base model")
+            said = Revocation.decode(parcel.payload.read_bytes())
+            for digest in (said.payload, *said.models):
+                self._home.journal.put(f"withdrawn/{digest}", {"run": header.run})
 
     def _compare(self, order: Order, installed: Path, universal: Mapping[str, float]) -> None:
         """Keep beside the model how it and the domain's own do on the test users; say where it is worse."""
@@ -194,10 +215,22 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
-            limits=self._home.config.policy.privacy,
+            limits=self._home.policy.privacy,
             epsilon_spent=spent(self._home.journal).epsilon,
+            home=str(self._home.path),
+            require_isolation=self._home.policy.require_isolation,
         )
-        return run_job(job)
+        result = run_job(job)
+        if not result["isolated"]:
+            log.warning("the trainer could have reached the network and the keys: see client policy explain")
+        return result
+
+    def _in_work(self, path: str) -> Path:
+        """What the trainer names as its result; it could name anything. Raises GateError."""
+        found = Path(path).resolve()
+        if not found.is_relative_to(self._home.path / "work"):
+            raise GateError("the trainer named a result outside its folder", next_step="see trainer.log")
+        return found
 
     def _limited(self, config: RunConfig) -> RunConfig:
         """The run's configuration under the owner's own limit of training time."""
@@ -211,7 +244,7 @@ class Actions:
 
     def _send_metrics(self, order: Order, result: Mapping[str, Any]) -> None:
         """The aggregates that the owner allowed; none when too few users are behind them."""
-        policy = self._home.config.policy
+        policy = self._home.policy
         evaluations = result["evaluations"]
         values = {
             f"{label}/{metric}": value
@@ -228,7 +261,7 @@ class Actions:
         self._send(order, Kind.METRICS, path, Codec.JSON, {"users_bucket": users})
 
     def _send(self, order: Order, kind: Kind, payload: Path, codec: Codec, facts: Mapping[str, int]) -> None:
-        allowed = self._home.config.policy.training_facts
+        allowed = self._home.policy.training_facts
         header = draft(
             payload,
             kind=kind,
@@ -242,7 +275,7 @@ class Actions:
             privacy=read_claim(payload) if kind is Kind.TASK_VECTOR else None,
         )
         parcel = self._home.gate.release(header, payload)
-        size, before = header.payload_bytes, self._sent_bytes
+        size, before = parcel.header.payload_bytes, self._sent_bytes
 
         def across(done: int) -> None:
             self._sent_bytes = before + done

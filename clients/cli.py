@@ -15,6 +15,7 @@ from rich.table import Table
 
 from clients.data.domain import Domain
 from clients.home import ClientHome
+from clients.policy import POLICY, write_policy
 from common.console import progress_bars
 from common.errors import ConfigError, SignatureError
 from common.kit import read_kit
@@ -27,7 +28,11 @@ HomeOption = Annotated[
     Path, typer.Option("--home", envvar="ISTHMUS_CLIENT_HOME", help="the owner's home directory")
 ]
 
+HomeArgument = Annotated[Path, typer.Argument(envvar="ISTHMUS_CLIENT_HOME", help="the owner's home")]
+
 app = typer.Typer(help="An owner's side: join a federation, serve it, recommend.", no_args_is_help=True)
+policy_app = typer.Typer(help="What may leave this domain: policy.toml.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
 
 
 @app.command()
@@ -49,7 +54,7 @@ def join(
     typer.echo(f"run policy: {read.run_policy}")
     _compare_fingerprint(read.fingerprint, fingerprint)
     opened = do_join(read, home.expanduser(), data=data, base=base, supernode_port=port)
-    typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / 'client.toml'}")
+    typer.echo(f"joined as {opened.config.pseudonym}; what may leave is in {opened.path / POLICY}")
     typer.echo(f"next: isthmus client up --home {home}")
 
 
@@ -94,6 +99,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         "server": opened.config.server.name,
         "now": read_status(opened.status_path),
         "model": None if installed is None else str(installed),
+        "withdrawn": installed is not None and opened.is_withdrawn(installed.name),
         "comparison": compared,
         "privacy": asdict(privacy),
     }
@@ -105,9 +111,34 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         f"{opened.config.domain}: {now.get('phase', 'idle')} {now.get('step', '')}/{now.get('total', '')}"
     )
     typer.echo(f"model: {record['model'] or 'none installed'}")
+    if record["withdrawn"]:
+        typer.echo("a vector in this model was withdrawn; the next universal model takes its place")
     if compared is not None:
         typer.echo(_compared(compared))
     typer.echo(f"privacy spent: {privacy}")
+
+
+@policy_app.command()
+def explain(
+    home: HomeArgument = DEFAULT_HOME,
+    format: Annotated[Literal["text", "json"], typer.Option(help="for people or for machines")] = "text",
+) -> None:
+    """Check policy.toml, and say in plain words what may leave and what a run could get at most."""
+    from clients.explain import explanation, in_words
+
+    opened = _open(home)
+    found = explanation(opened)
+    if format == "json":
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for line in in_words(found, opened.path / POLICY):
+        typer.echo(line)
+
+
+@policy_app.command()
+def write(home: HomeArgument = DEFAULT_HOME) -> None:
+    """Write the default policy.toml, with a comment for each key, into a home that has none."""
+    typer.echo(f"written: {write_policy(home.expanduser())}")
 
 
 @app.command()
@@ -146,11 +177,35 @@ def witness(
 
 
 @app.command()
+def withdraw(
+    run: Annotated[str, typer.Argument(help="run id, or how it begins; default: the newest one")] = "",
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Tell the server that it may merge your task vector no more. You send it to nobody again, either."""
+    from clients.withdrawal import ask
+
+    opened = _open(home)
+    run_id, receipt = ask(opened, run)
+    typer.echo(f"{run_id}: your vector is withdrawn; entry {receipt.index} of the server's ledger says so")
+    typer.echo(
+        "its operator can now publish a model without it: isthmus run withdraw; what others have, stays"
+    )
+
+
+@app.command()
 def rollback(home: HomeOption = DEFAULT_HOME) -> None:
     """Go back to the universal model that was installed before."""
+    from clients.serving import previous
     from clients.serving import rollback as do_rollback
 
-    typer.echo(f"installed again: {do_rollback(_open(home).path)}")
+    opened = _open(home)
+    before = previous(opened.path)
+    if before is not None and opened.is_withdrawn(before.name):
+        raise ConfigError(
+            "the previous universal model holds a vector that its owner withdrew",
+            next_step="keep the present one: isthmus client status",
+        )
+    typer.echo(f"installed again: {do_rollback(opened.path)}")
 
 
 @app.command()

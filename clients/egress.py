@@ -3,9 +3,10 @@
 It fails closed: what the policy does not name does not pass, and what cannot be read does not pass.
 
 - Parcels (`release`): kind, run, base model, header fields, size and count budgets; the payload is first
-  copied into the gate's outbox, and that copy is what is checked, signed and sent. A task vector has
-  exactly the base's trainable tensors, no embedding table, finite values, a bounded norm, the declared
-  dtype, and no tensor of which only some rows were touched (they would name what the data touched).
+  copied into the gate's outbox, and that copy is what is checked, signed and sent. A task vector is written
+  anew there (`common.tensorfile.rewrite`), rounded to the declared codec: the header speaks of that file. It
+  has exactly the base's trainable tensors, no embedding table, finite values, a bounded norm, and no tensor
+  of which only some rows were touched (they would name what the data touched).
   A catalog is byte for byte what our writer makes of its rows. JSON holds allowed names and rounded
   numbers only; metrics need enough users behind them.
 - Replies on the control channel (`release_reply`): allowed fields; codes, digests and numbers. Whatever
@@ -13,7 +14,7 @@ It fails closed: what the policy does not name does not pass, and what cannot be
 - Receipts (`release_receipt`), and checkpoints of the own ledger (`release_checkpoint`).
 
 All of it is in the ledger before it is returned. What passes still says something about the data: a
-vector is not anonymous, and low mantissa bits of a trained tensor are not inspected.
+vector is not anonymous, and the low bits of what the codec keeps are not inspected.
 """
 
 from __future__ import annotations
@@ -21,46 +22,30 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
-from clients.privacy import PrivacyLimits, check_claim
+from clients.policy import EgressPolicy
+from clients.privacy import check_claim
 from common.catalog import Catalog
-from common.config import Frozen
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
-from common.files import copy_hashed, sha256_bytes, sha256_file, write_atomic
+from common.files import copy_hashed, fsync_folder, sha256_bytes, sha256_file, write_atomic
 from common.ledger import Crossing, Journal, Ledger
 from common.notes import Checkpoint, Note
-from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, bucket, seal_parcel
+from common.parcels import SERVER, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
+from common.revocation import Revocation
 from common.rotation import Rotation
 from common.signing import PublicKey, SigningKey
 from common.statements import CODE_PATTERN
+from common.tensorfile import rewrite, tensor_facts
 
 _CODE = re.compile(CODE_PATTERN)
+_ANOTHER = "the payload is not the one that the header names"
 ReplyValue = str | int | float
-
-
-class EgressPolicy(Frozen):
-    """What this owner lets out. Defaults are what a run needs and no more."""
-
-    kinds: tuple[Kind, ...] = (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS)
-    codecs: tuple[Codec, ...] = (Codec.BF16, Codec.FP32, Codec.PARQUET, Codec.JSON)
-    training_facts: tuple[str, ...] = ("batch_size", "items", "seconds", "steps", "users_bucket")
-    card_fields: tuple[str, ...] = ("interactions_bucket", "items", "synthetic", "users_bucket")
-    metrics: tuple[str, ...] = ("recall@10", "ndcg@10")
-    reply_fields: tuple[str, ...] = ("code", "parcel", "receipt", "round", "run", "status")
-    min_users: int = Field(50, ge=1, description="fewer users behind a metric: it stays here")
-    max_norm: float = Field(1000.0, gt=0, description="L2 norm of a task vector, all tensors together")
-    max_row_gap: float = Field(10.0, gt=1, description="see common.tensorfile.TensorReading.row_gap")
-    max_payload_bytes: int = Field(4 << 30, ge=1)
-    max_run_bytes: int = Field(8 << 30, ge=1, description="payload bytes in one run")
-    max_run_parcels: int = Field(32, ge=1, description="parcels in one run")
-    privacy: PrivacyLimits = PrivacyLimits()
 
 
 @dataclass(frozen=True)
@@ -108,16 +93,19 @@ class EgressGate:
     def release(self, header: Header, payload: Path) -> Parcel:
         """Check and sign; the same payload for the same run, round and kind gives the same parcel again.
 
-        The header's ledger checkpoint is set here. Raises GateError, StorageError.
+        The header's ledger checkpoint is set here. Raises GateError, StorageError, and RefusedError
+        (`withdrawn`) for a vector that was taken back.
         """
         key = f"release/{header.run}/{header.round}/{header.kind}/{header.payload_digest}"
         parcel = self._released_before(key)
         if parcel is None:
-            self._checked(lambda: self._check_header(header))
-            if header.kind is Kind.TASK_VECTOR:
-                check_claim(header.privacy, payload, self.policy.privacy, self.journal)
-            copy = self._copy(header, payload)
-            self._checked(lambda: self._check_payload(header, copy))
+            with self._closed():
+                self._check_header(header)
+                if header.kind is Kind.TASK_VECTOR:
+                    check_claim(header.privacy, payload, self.policy.privacy, self.journal)
+                header, copy = self._own_copy(header, payload)
+                self._check_header(header)
+                self._check_payload(header, copy)
             sealed = header.model_copy(update={"checkpoint": self.ledger.tree_head()})
             parcel = seal_parcel(sealed, copy, self._key)
             with self.journal.locked():
@@ -127,6 +115,9 @@ class EgressGate:
                 facts["privacy"] = header.privacy.model_dump()
                 self.journal.put(key, facts)
                 self.journal.put(f"released/{parcel.digest}", {})
+        header = parcel.header
+        if self.journal.get(f"withdrawn/{header.payload_digest}") is not None:
+            raise RefusedError("this vector was withdrawn: it is not sent again", reason="withdrawn")
         self._log("parcel", parcel.envelope, header.payload_bytes, header.kind, header.run)
         return parcel
 
@@ -161,7 +152,8 @@ class EgressGate:
 
         Raises GateError when it is anything else, StorageError.
         """
-        self._checked(lambda: self._check_checkpoint(note))
+        with self._closed():
+            self._check_checkpoint(note)
         self.ledger.record(Crossing.of_checkpoint("out", peer, note, size))
 
     def release_rotation(self, rotation: Rotation) -> None:
@@ -205,17 +197,20 @@ class EgressGate:
             raise GateError(
                 f"payload of {header.payload_bytes} bytes, {policy.max_payload_bytes} are allowed"
             )
-        if header.kind is Kind.TASK_VECTOR:
-            for fact in header.tensors:
-                if fact.is_table:
-                    raise GateError(f"tensor {fact.name}: an embedding table never leaves")
-            check_table(header, agreement.tensors)
+
+    def _check_tensor_table(self, header: Header) -> None:
+        for fact in header.tensors:
+            if fact.is_table:
+                raise GateError(f"tensor {fact.name}: an embedding table never leaves")
+        check_table(header, self._agreement(header).tensors)
+        self.policy.check_tensors({fact.name: fact.shape for fact in header.tensors})
 
     def _check_payload(self, header: Header, copy: Path) -> None:
         facts = inspect(copy, header)
         if (facts.digest, facts.size_bytes) != (header.payload_digest, header.payload_bytes):
-            raise GateError("the payload is not the one that the header names")
+            raise GateError(_ANOTHER)
         if header.kind.holds_tensors:
+            self._check_tensor_table(header)
             check_tensors(header, facts, max_norm=self.policy.max_norm)
             for reading in facts.tensors:
                 if reading.row_gap > self.policy.max_row_gap:
@@ -226,6 +221,10 @@ class EgressGate:
             self._check_catalog(header, facts, copy)
         elif header.kind in (Kind.METRICS, Kind.FITNESS):
             self._check_metrics(header, facts)
+        elif header.kind is Kind.REVOCATION:
+            said = Revocation.decode(copy.read_bytes())
+            if said.models or not self.is_released(said.vector):
+                raise GateError("a revocation names a vector that passed here, and nothing else")
         else:
             for name in facts.values:
                 if name not in self.policy.card_fields:
@@ -287,14 +286,36 @@ class EgressGate:
 
     # The outbox and the ledger
 
-    def _checked(self, check: Callable[[], None]) -> None:
+    @contextmanager
+    def _closed(self) -> Iterator[None]:
         """Whatever a check cannot read does not pass."""
         try:
-            check()
+            yield
         except (GateError, StorageError):
             raise
         except (RefusedError, IsthmusError) as err:
             raise GateError(err.message, next_step="nothing was sent") from err
+
+    def _own_copy(self, header: Header, payload: Path) -> tuple[Header, Path]:
+        """The payload as it will be sent, and the header that speaks of it."""
+        if not header.kind.holds_tensors:
+            return header, self._copy(header, payload)
+        if sha256_file(payload) != header.payload_digest:
+            raise GateError(_ANOTHER)
+        written = self._outbox / f".{header.payload_digest}.tmp"
+        try:
+            rewrite(payload, written, header.codec.dtype)
+            digest = sha256_file(written)
+            of_the_copy = {
+                "payload_digest": digest,
+                "payload_bytes": written.stat().st_size,
+                "tensors": tensor_facts(written),
+            }
+            written.replace(copy := self._outbox / f"{digest}.payload")
+        finally:
+            written.unlink(missing_ok=True)
+        fsync_folder(self._outbox)
+        return Header.checked({**header.model_dump(mode="json"), **of_the_copy}), copy
 
     def _copy(self, header: Header, payload: Path) -> Path:
         copy = self._outbox / f"{header.payload_digest}.payload"
@@ -302,7 +323,7 @@ class EgressGate:
             digest, _ = copy_hashed(payload, copy)
             if digest != header.payload_digest:
                 copy.unlink()
-                raise GateError("the payload is not the one that the header names")
+                raise GateError(_ANOTHER)
         return copy
 
     def _envelope_path(self, digest: str) -> Path:

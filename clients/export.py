@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clients.home import ClientHome
 from common.audit.bundle import Bundle
-from common.parcels import Header
+from common.parcels import Header, Kind
 
 
 def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
@@ -23,6 +23,10 @@ def export(path: Path, bundle: Bundle, *, payloads: bool) -> None:
     fetched = [file.read_bytes() for file in sorted((home.path / "work").glob("*/candidates/*.dsse"))]
     bundle.put_envelopes([*sent, *fetched])
     bundle.put_receipts(file.read_bytes() for file in sorted(outbox.glob("*.receipt")))
+    for file in sorted((home.path / "work").glob("*/candidates/*.dsse")):
+        header = Header.stored(file.read_bytes())
+        if header.kind is Kind.REVOCATION:  # small, and it says what was withdrawn
+            bundle.put_payload(header.payload_digest, file.with_suffix(".payload"))
     for envelope in sent if payloads else ():
         digest = Header.stored(envelope).payload_digest
         payload = outbox / f"{digest}.payload"

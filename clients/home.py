@@ -1,13 +1,16 @@
 """An owner's home directory: who this domain is, which server it trusts, and where everything lies.
 
-client.toml     what the owner decides: data, base model, policy, approved app bundles
-keys/           identity and log (Ed25519), TLS key and certificate, Flower node key; they never leave
+client.toml     what the owner decides: data, base model, approved app bundles
+policy.toml     what may leave
+keys/           identity and log (Ed25519), TLS keys and certificates, Flower node key; they never leave
 ledger.jsonl    every crossing;  checkpoint  what it was at least, signed
 journal.jsonl   what was done, so that nothing is done twice
+wire.jsonl      what Flower said to the server: see clients.wire_gate
 work/fits/      fine-tunings: checkpoints, vector, model
-work/<run>/     evaluations and per-user results of one run;  outbox/  parcels as they were sent
+work/<run>/     evaluations and per-user results of one run;  work/status.json  what it is doing now
+outbox/         parcels as they were sent
 models/         installed universal models, `current` and the previous one; `own` and `personal` ones
-flower/, logs/, empty/, status.json
+flower/, logs/, empty/
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from pathlib import Path
 import tomli_w
 from pydantic import Field
 
-from clients.egress import EgressGate, EgressPolicy
+from clients.egress import EgressGate
+from clients.policy import EgressPolicy, read_policy
 from common.checkpoints import LedgerHome
 from common.config import EMBEDDED_BASE, Frozen, load_toml
 from common.errors import ConfigError
@@ -54,12 +58,12 @@ class ClientConfig(Frozen):
     base: str = Field(EMBEDDED_BASE, description="the base model: embedded, or a folder")
     approved_fabs: tuple[str, ...] = ()
     supernode_port: int = 19094
+    wire_port: int = Field(0, ge=0, le=65535, description="of the wire gate, on loopback; 0: any free one")
     max_training_minutes: float | None = Field(None, description="the owner's own limit for one fine-tuning")
-    policy: EgressPolicy = EgressPolicy()
 
 
 class ClientHome(LedgerHome):
-    """Paths and long-lived objects of one owner. Raises ConfigError when `path` is not a home."""
+    """Paths and long-lived objects of one owner. Raises ConfigError: no home there, or no policy in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -69,6 +73,7 @@ class ClientHome(LedgerHome):
                 f"{path} is not an owner's home", next_step="isthmus client join KIT --home DIR"
             )
         self.config = load_toml(config, ClientConfig)
+        self.policy: EgressPolicy = read_policy(self.path)
 
     @staticmethod
     def write_config(path: Path, config: ClientConfig) -> None:
@@ -85,7 +90,7 @@ class ClientHome(LedgerHome):
     @property
     def status_path(self) -> Path:
         """What this owner is doing now, for whoever draws progress on this host."""
-        return self.path / "status.json"
+        return self.path / "work" / "status.json"
 
     @property
     def data_folder(self) -> Path:
@@ -114,6 +119,10 @@ class ClientHome(LedgerHome):
         """What was asked, done and receipted."""
         return Journal(self.path / "journal.jsonl")
 
+    def is_withdrawn(self, digest: str) -> bool:
+        """Whether a revocation named this vector (its payload's digest) or model."""
+        return self.journal.get(f"withdrawn/{digest}") is not None
+
     @cached_property
     def tls(self) -> TlsFiles:
         """CA certificate, own certificate and key for the data channel."""
@@ -124,7 +133,7 @@ class ClientHome(LedgerHome):
         """The one way out; it alone holds the identity key."""
         key = SigningKey.load(self.keys / "identity.key")
         return EgressGate(
-            self.config.policy,
+            self.policy,
             key,
             self.ledger,
             self.journal,

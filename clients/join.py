@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients.data.domain import Domain
-from clients.egress import EgressPolicy
 from clients.exchange_client import enrol
 from clients.home import ClientConfig, ClientHome, ServerAddress
+from clients.policy import POLICY, EgressPolicy, write_policy
 from common.errors import ConfigError, SignatureError
 from common.files import write_atomic
 from common.kit import JoinKit
@@ -78,10 +78,11 @@ def join(
         base=base if base == "embedded" else str(Path(base).resolve()),
         approved_fabs=(kit.fab_sha256,),
         supernode_port=supernode_port,
-        policy=policy or EgressPolicy(),
     )
     for card in kit.witnesses:
         card.add_to(path)
+    if not (path / POLICY).exists():  # an owner may have put its own there
+        write_policy(path, policy)
     ClientHome.write_config(path, config)
     return ClientHome(path)
 

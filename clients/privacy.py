@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field
 
 from common.config import Frozen, RunConfig
-from common.errors import GateError
+from common.errors import GateError, PolicyError
 from common.files import sha256_file, write_atomic
 from common.ledger import Journal
 from common.parcels import Kind, Privacy
@@ -36,19 +36,19 @@ class PrivacyLimits(Frozen):
         return self.max_epsilon is not None or self.max_total_epsilon is not None
 
     def check_run(self, config: RunConfig) -> None:
-        """Raise GateError when a run trains without the privacy that is demanded."""
+        """Raise PolicyError when a run trains without the privacy that is demanded."""
         if self.demanded and config.privacy.mechanism == "none":
-            raise GateError(
+            raise PolicyError(
                 "this owner's policy demands differential privacy, and the run has none",
                 next_step="ask the operator for a run with [privacy] mechanism = 'dp-sgd'",
             )
 
     def check(self, planned: Privacy, epsilon_spent: float) -> None:
-        """Raise GateError when `planned` is more than is allowed after `epsilon_spent`."""
+        """Raise PolicyError when `planned` is more than is allowed after `epsilon_spent`."""
         if not self.demanded:
             return
         if planned.mechanism == "none":
-            raise GateError("this owner's policy demands differential privacy, and this vector has none")
+            raise PolicyError("this owner's policy demands differential privacy, and this vector has none")
         epsilon, delta = planned.epsilon_e6 / 1e6, planned.delta_e12 / 1e12
         total = epsilon_spent + epsilon
         for name, value, limit in (
@@ -57,7 +57,7 @@ class PrivacyLimits(Frozen):
             ("max_delta", delta, self.max_delta),
         ):
             if limit is not None and value > limit * (1 + 1e-9):
-                raise GateError(
+                raise PolicyError(
                     f"privacy: {value:g} would be spent, {name} = {limit:g} is this owner's limit",
                     next_step="ask the operator for a run with more noise or fewer steps",
                 )

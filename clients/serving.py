@@ -100,7 +100,7 @@ def rollback(home: Path) -> Path:
 
     Raises ModelError where there is none.
     """
-    models, now, before = _models(home), current(home), _target(_models(home) / "previous")
+    models, now, before = _models(home), current(home), previous(home)
     if before is None or before == now:
         raise ModelError("there is no previous universal model", next_step="install one first")
     _link(models / "current", before)
@@ -112,6 +112,11 @@ def rollback(home: Path) -> Path:
 def current(home: Path) -> Path | None:
     """The folder of the universal model in use, or None."""
     return _target(_models(home) / "current")
+
+
+def previous(home: Path) -> Path | None:
+    """The folder of the universal model before the one in use, or None."""
+    return _target(_models(home) / "previous")
 
 
 def current_or_fail(home: Path) -> Path:

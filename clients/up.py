@@ -1,4 +1,4 @@
-"""`isthmus client up`: the SuperNode and the owner runner, kept alive until Ctrl-C."""
+"""`isthmus client up`: wire gate, SuperNode and owner runner, kept alive until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import sys
 from pathlib import Path
 
 from clients.home import ClientHome
+from clients.wire_gate import HOST, certificates
 from common.errors import ConfigError
 from common.flower import flower_env
-from common.processes import ProcessSpec, Supervisor, check_port_free, listens, python_module
+from common.processes import ProcessSpec, Supervisor, check_port_free, free_ports, listens, python_module
 
 
-def specs(home: ClientHome) -> list[ProcessSpec]:
-    """The two processes of an owner."""
+def specs(home: ClientHome, wire_port: int) -> list[ProcessSpec]:
+    """The three processes of an owner. The SuperNode knows the wire gate's address and no other."""
     env = flower_env(home.path)
     port = home.config.supernode_port
     supernode = [
         *(sys.executable, str(Path(sys.executable).parent / "flower-supernode")),
-        *("--superlink", home.config.server.fleet),
-        *("--root-certificates", str(home.keys / "ca.crt")),
+        *("--superlink", f"{HOST}:{wire_port}"),
+        *("--root-certificates", str(home.keys / "wire" / "ca.crt")),
         *("--auth-supernode-private-key", str(home.keys / "flower.key")),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--isolation", "process"),
         *("--superexec-auth-secret-file", str(home.keys / "superexec.secret")),
         *("--node-config", f'domain="{home.config.domain}"'),
     ]
+    gate = python_module("clients.wire_gate", str(home.path), str(wire_port))
+    direct = {**env, "NO_PROXY": HOST, "no_proxy": HOST}
     return [
-        ProcessSpec("supernode", supernode, env, ready=lambda: listens("127.0.0.1", port)),
+        ProcessSpec("wire-gate", gate, env, ready=lambda: listens(HOST, wire_port)),
+        ProcessSpec("supernode", supernode, direct, ready=lambda: listens("127.0.0.1", port)),
         ProcessSpec("runner", python_module("clients.runner", str(home.path)), env),
     ]
 
@@ -40,7 +44,10 @@ def up(home: ClientHome) -> None:
     if home.journal.get("rotation") == {"accepted": True}:
         raise ConfigError("the new keys are not in their place yet", next_step="isthmus client rotate")
     check_port_free("127.0.0.1", home.config.supernode_port, "the SuperNode (supernode_port in client.toml)")
-    supervisor = Supervisor(home.path, specs(home))
+    wire_port = home.config.wire_port or free_ports(1)[0]
+    check_port_free(HOST, wire_port, "the wire gate (wire_port in client.toml)")
+    certificates(home)
+    supervisor = Supervisor(home.path, specs(home, wire_port))
     supervisor.install_signal_handlers()
     try:
         supervisor.start()

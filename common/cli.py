@@ -28,7 +28,7 @@ HELP = {
     "demo": "a whole federation on this machine, on synthetic data",
     "merge": "merge local model folders or adapters, without a server",
     "root": "the root file under several keys: key, draft, sign, install",
-    "run": "start, watch and stop runs (on the merge server's host)",
+    "run": "start, watch and stop runs, withdraw a vector (on the merge server's host)",
     "server": "the merge server: init, invite, up, status",
     "simulate": "a whole federation on this machine, from a configuration",
     "study": "tables of merge methods over domains and seeds, with their uncertainty",

@@ -112,9 +112,7 @@ class PrivacySection(Frozen):
     )
     delta: float = Field(1e-5, ge=1e-12, lt=1, description="refused unless it is below 1 / users")
     clip_norm: float = Field(1.0, ge=1e-3, le=1000, description="L2 bound of what one user adds to one step")
-    negatives: int = Field(
-        256, ge=1, description="catalog items drawn once, the same for every user and step"
-    )
+    negatives: int = Field(16, ge=1, description="catalog items of a step, the same for all users in it")
 
     @model_validator(mode="after")
     def _check_amount(self) -> PrivacySection:

@@ -15,6 +15,7 @@ step. Its text never contains private data. Each also inherits the standard erro
      |    +-- ReplayError
      |    +-- RefusedError                the other shore refused it; carries the reason code
      +-- GateError(PermissionError)       the egress gate refused to let something leave
+     |    +-- PolicyError                 the owner's policy forbids what a run asks for
      +-- LedgerError(RuntimeError)        a ledger or journal cannot be trusted or written
      |    +-- ProofError                  a Merkle proof or a checkpoint does not verify
      +-- StorageError(OSError)            the disk is full or the store cannot be written
@@ -112,6 +113,12 @@ class GateError(IsthmusError, PermissionError):
     """The egress gate refused to let something leave the owner."""
 
     code = "gate"
+
+
+class PolicyError(GateError):
+    """The owner's policy forbids what a run asks for."""
+
+    code = "policy"
 
 
 class LedgerError(IsthmusError, RuntimeError):

@@ -7,6 +7,8 @@ installed code. The configuration rides along as the JSON text of a `RunConfig`.
     contribute   send card and catalog, fine-tune, send the task vector and the allowed metrics
     evaluate     fetch candidate vectors, evaluate each on the private test set, send the allowed metrics
     install      fetch the universal vector, verify, install, evaluate, send the allowed metrics
+    revoke       fetch the revocation of a vector, remember it: neither that vector nor a model that holds it
+                 is used again
 
 A reply is a flat record of codes, digests and numbers: `status` is `done`, `refused` (never ask again)
 or `failed` (asking again may work), `code` names the reason.
@@ -26,17 +28,20 @@ from common.signing import PublicKey, Sealed, SigningKey, seal
 from common.statements import DIGEST_PATTERN, RUN_PATTERN
 
 PAYLOAD_TYPE = "application/vnd.isthmus.order+json"
-CONTRIBUTE, EVALUATE, INSTALL = "contribute", "evaluate", "install"
-ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL)
+CONTRIBUTE, EVALUATE, INSTALL, REVOKE = "contribute", "evaluate", "install", "revoke"
+ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL, REVOKE)
 LABEL_PATTERN = r"[a-z0-9][a-z0-9._-]{0,79}"
-ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2}
+ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2, REVOKE: 3}
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged vector to fetch: its label in tables, its parcel, and the digest of the resulting model."""
+    """A merged vector to fetch: its label in tables, its parcel, and the digest of the resulting model.
+
+    To revoke: the revocation's parcel under the label of the published merge, without a model.
+    """
 
     label: str
     parcel: str
@@ -56,7 +61,7 @@ class Order:
 
     @property
     def round(self) -> int:
-        """0 contribute, 1 evaluate, 2 install."""
+        """0 contribute, 1 evaluate, 2 install, 3 revoke."""
         return ROUND[self.action]
 
     def check_names(self) -> None:

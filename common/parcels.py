@@ -38,6 +38,7 @@ TRAINING_FACTS = frozenset(
     {
         "batch_size",
         "domains",
+        "isolated",
         "items",
         "learning_rate_e9",
         "seconds",

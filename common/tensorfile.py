@@ -1,9 +1,10 @@
-"""Strict, streaming reading of safetensors files that came from someone else.
+"""Strict, streaming reading of safetensors files that came from someone else, and one form to write them in.
 
 The standard library and numpy only. The file must be exactly: 8-byte length, JSON header, tensors back
 to back in the order of their offsets until the last byte. No metadata, no gap, no overlap, no unknown
 dtype: no byte of the file is outside a tensor. Values are read in blocks of rows, so memory stays at a
-few MiB whatever the size of a tensor.
+few MiB whatever the size of a tensor. `rewrite` leaves no choice to whoever wrote the file: names sorted, one
+spelling of the header, values rounded to the wanted dtype, no negative zero.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import VectorError
+from common.files import storage_errors
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 MAX_HEADER_BYTES = 8 << 20
@@ -93,7 +96,7 @@ def tensor_facts(path: Path) -> list[dict[str, Any]]:
         facts = []
         for entry in read_index(path):
             digest = hashlib.sha256()
-            for block in _blocks(source, entry):
+            for block in tensor_blocks(source, entry):
                 digest.update(block)
             facts.append(
                 {
@@ -104,6 +107,43 @@ def tensor_facts(path: Path) -> list[dict[str, Any]]:
                 }
             )
     return sorted(facts, key=lambda fact: str(fact["name"]))
+
+
+def rewrite(source: Path, target: Path, dtype: str) -> None:
+    """Write the tensors of `source` to `target` with `dtype` (F32 or BF16), durably, in the only form.
+
+    Equal values give equal bytes, and as `safetensors` itself writes them. Raises VectorError when `source`
+    is malformed or holds NaN or infinity, StorageError when the disk is full.
+    """
+    entries = sorted(read_index(source), key=lambda entry: entry.name)
+    header: dict[str, Any] = {}
+    position = 0
+    for entry in entries:
+        end = position + math.prod(entry.shape) * ITEM_BYTES[dtype]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    with source.open("rb") as reader, storage_errors(target), target.open("wb") as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            for block in tensor_blocks(reader, entry):
+                values = as_float32(block, entry.dtype)
+                if not np.isfinite(values).all():
+                    raise VectorError(f"tensor {entry.name}: holds NaN or infinity")
+                writer.write(_rounded(values, dtype))
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _rounded(values: Floats, dtype: str) -> bytes:
+    """Finite values as bytes of `dtype`, to nearest, ties to even; zero has no sign."""
+    if dtype == "F32":
+        return (values + np.float32(0.0)).astype("<f4").tobytes()
+    bits = values.view(np.uint32)
+    upper = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    upper[(upper & 0x7FFF) == 0] = 0
+    return upper.tobytes()
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -146,7 +186,7 @@ def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-def _blocks(source: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
+def tensor_blocks(source: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
     """The tensor's bytes in blocks of about a MiB that never split a value."""
     source.seek(entry.start)
     left = entry.size_bytes
@@ -169,7 +209,7 @@ def _read(source: BinaryIO, entry: TensorEntry) -> TensorReading:
     digest, finite, position = hashlib.sha256(), True, 0
     columns = math.prod(entry.shape[1:])
     squares_R = np.zeros(entry.shape[0] if len(entry.shape) > 1 else 1)  # R: rows
-    for block in _blocks(source, entry):
+    for block in tensor_blocks(source, entry):
         digest.update(block)
         values = as_float32(block, entry.dtype)
         finite = finite and bool(np.isfinite(values).all())

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from clients.home import ClientConfig
+from clients.policy import EgressPolicy
 from common.config import REFERENCE_LEARNING, RunConfig
 from server.home import ServerConfig
 from server.learning.options import AUTO, AutoOptions, default_candidates
@@ -107,16 +108,6 @@ CLIENT_MEANINGS = {
     "approved_fabs": "SHA-256 of the app bundles that the runner answers to; join writes the kit's. "
     "A bundle is compared, never unpacked.",
     "supernode_port": "Loopback port of the SuperNode; one for each owner's home on a host.",
-    "policy.kinds": "Kinds of parcels that may leave.",
-    "policy.codecs": "Payload formats that may leave.",
-    "policy.training_facts": "Numbers about training that a header may carry. Metrics need `users_bucket`.",
-    "policy.card_fields": "Numbers that the domain card may carry; counts only as buckets.",
-    "policy.metrics": "Aggregate metrics that may leave. Empty: none, and the run goes on without them.",
-    "policy.reply_fields": "Fields of a reply on the control channel; codes, digests and numbers only.",
-    "policy.min_users": "Users are counted as a bucket (1, 2 or 5 times a power of ten, rounded down).",
-    "policy.max_row_gap": "How far apart the row norms of one tensor may be: rows nearly untouched would "
-    "tell which, so such a tensor does not leave.",
-    "policy.max_payload_bytes": "Bytes of one payload.",
 }
 SERVER_MEANINGS = {
     "name": "The server's name; lower-case letters, digits and `-`.",
@@ -239,6 +230,10 @@ def render() -> str:
             "\nIn an owner's home, written by `isthmus client join`. Only the owner changes it; nothing that",
             "the server sends does. Restart `isthmus client up` after an edit.\n",
             table(ClientConfig, CLIENT_MEANINGS),
+            "\n## policy.toml",
+            "\nIn an owner's home, written by `isthmus client join`: what may leave. Only the",
+            "owner changes it; it is read anew for each order. See [gate.md](gate.md).\n",
+            table(EgressPolicy, {}),
             "\n## server.toml",
             "\nIn the server's home, written by `isthmus server init`. The TLS certificate is made for",
             "`hosts` once: a new name or address needs a new certificate from the home's CA.\n",
@@ -286,7 +281,7 @@ def _allowed(field: FieldInfo) -> str:
 def _kind(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in inner)
+        return ", ".join(f"`{value}`" for value in map(str, inner))
     if origin is tuple:
         return f"list of {_kind(inner[0])}"
     if origin is dict:

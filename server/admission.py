@@ -12,22 +12,23 @@ The rules, in order. Before a byte of payload (`check_header`):
  4. `sender`          the header's sender is that member, and the TLS certificate is that member's own
  5. `recipient`       it is addressed to this server
  6. `expired`         its clock fits ours within `SKEW_S`, and it has not expired
- 7. `wrong-run`       the run is open, has this domain and this round
+ 7. `wrong-run`       the run is open, has this domain and this round; a revocation may come later, too
  8. `kind`            the run takes parcels of this kind
  9. `replay`          its nonce was not used by another envelope of this sender
 10. `base-mismatch`   it is about the run's base model
 11. `tensor-table`    a task vector names exactly the run's trainable tensors, with shape and dtype
-12. `quota`           size and count, with what is under way, are within the run's quota
+12. `withdrawn`       a task vector is none that was withdrawn (`server.withdrawal`)
+13. `quota`           size and count, with what is under way, are within the run's quota
 
 After the payload (`check_payload`):
 
-13. `payload-digest`  the bytes are those that the header names
-14. `payload`         they are a strict file of the kind
-15. `tensor-table`    each tensor is the one that the header names, to its digest
-16. `not-finite`      no NaN, no infinity
-17. `norm`            the L2 norm is above 0 and within the run's bound
-18. `metrics`         only the run's metrics (`METRIC` or `LABEL/METRIC`), as finite numbers
-19. `sender`          a catalog is of the sender's own domain
+14. `payload-digest`  the bytes are those that the header names
+15. `payload`         they are a strict file of the kind
+16. `tensor-table`    each tensor is the one that the header names, to its digest
+17. `not-finite`      no NaN, no infinity
+18. `norm`            the L2 norm is above 0 and within the run's bound
+19. `metrics`         only the run's metrics (`METRIC` or `LABEL/METRIC`), as finite numbers
+20. `sender`          a catalog is of the sender's own domain, and a revocation of a vector that it delivered
 
 The header rules are applied twice, the second time under the store's lock right before acceptance.
 """
@@ -54,6 +55,7 @@ class Known:
     used_parcels: int
     used_bytes: int
     now_s: int
+    withdrawn: bool = False  # whether this payload is a vector that was withdrawn
 
 
 class Admission:
@@ -86,17 +88,18 @@ class Admission:
             raise RefusedError("header, key and TLS certificate must be one member's", reason="sender")
 
     def check_header(self, header: Header, digest: str, known: Known) -> None:
-        """Rules 5 to 12, for a header that passed 1 to 4. Raises RefusedError."""
+        """Rules 5 to 13, for a header that passed 1 to 4. Raises RefusedError."""
         run = known.run
         if header.recipient != SERVER:
             raise RefusedError(f"addressed to {header.recipient!r}, not to {SERVER!r}", reason="recipient")
         if header.created_s > known.now_s + SKEW_S or header.expires_s < known.now_s - SKEW_S:
             raise RefusedError("expired, or from the future: check the clock", reason="expired")
-        if run is None or run.closed or header.sender not in run.domains or header.round >= run.rounds:
+        late = run is not None and run.closed and header.kind is not Kind.REVOCATION
+        if run is None or late or header.sender not in run.domains or header.round >= run.rounds:
             raise RefusedError(
                 f"run {header.run!r} round {header.round} is not open here", reason="wrong-run"
             )
-        if header.kind not in run.kinds:
+        if header.kind not in (*run.kinds, Kind.REVOCATION):
             raise RefusedError(f"this run takes no {header.kind}", reason="kind")
         if known.nonces.get(header.nonce, digest) != digest:
             raise RefusedError("another parcel used this nonce", reason="replay")
@@ -107,6 +110,8 @@ class Admission:
             )
         if header.kind is Kind.TASK_VECTOR:
             check_table(header, run.tensors)
+            if known.withdrawn:
+                raise RefusedError("this vector was withdrawn: it is never merged again", reason="withdrawn")
         self._check_quota(header, run, known)
 
     def _check_quota(self, header: Header, run: OpenRun, known: Known) -> None:
@@ -120,12 +125,17 @@ class Admission:
                 raise RefusedError(f"{wanted} {what}, at most {allowed} are allowed", reason="quota")
 
     def check_digest(self, header: Header, digest: str, size_bytes: int) -> None:
-        """Rule 13: the bytes that arrived are those that were signed. Raises RefusedError."""
+        """Rule 14: the bytes that arrived are those that were signed. Raises RefusedError."""
         if (digest, size_bytes) != (header.payload_digest, header.payload_bytes):
             raise RefusedError("the payload is not the one that the header names", reason="payload-digest")
 
-    def check_payload(self, header: Header, facts: PayloadFacts, run: OpenRun) -> None:
-        """Rules 13 to 19, of what `common.payloads.inspect` read. Raises RefusedError."""
+    def check_payload(
+        self, header: Header, facts: PayloadFacts, run: OpenRun, delivered: Mapping[str, str]
+    ) -> None:
+        """Rules 14 to 20, of what `common.payloads.inspect` read. Raises RefusedError.
+
+        `delivered`: the sender's task vectors in this run, parcel to payload.
+        """
         self.check_digest(header, facts.digest, facts.size_bytes)
         if header.kind.holds_tensors:
             check_tensors(header, facts, max_norm=run.max_norm)
@@ -137,3 +147,7 @@ class Admission:
                     raise RefusedError(f"metric {name}: not a number", reason="metrics")
         if header.kind is Kind.CATALOG and facts.catalog_domain != header.sender:
             raise RefusedError("the catalog is of another domain than its sender", reason="sender")
+        if header.kind is Kind.REVOCATION:
+            vector, payload = facts.values.get("vector"), facts.values.get("payload")
+            if len(facts.values) != 2 or delivered.get(str(vector)) != payload:
+                raise RefusedError("not a vector that this domain delivered in this run", reason="sender")

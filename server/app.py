@@ -15,6 +15,7 @@ from server.federation import StoppedError
 from server.home import ServerHome
 from server.rounds import execute
 from server.runs import FAILED, STOPPED
+from server.withdrawal import execute_withdrawal
 
 log = logging.getLogger(__name__)
 LOCK_TRIES = 20
@@ -42,7 +43,8 @@ def main(grid: Grid, context: Context) -> None:
             if run.is_final:
                 return
             try:
-                execute(grid, home, run)
+                work = execute_withdrawal if run.spec.withdrawal else execute
+                work(grid, home, run)
             except StoppedError:
                 home.store.close_run(run.spec.run_id)
                 run.set_state(STOPPED, reason="stopped by the operator")

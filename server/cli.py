@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig, load_toml, validate
+from common.console import progress_bars
 from common.errors import ConfigError, FederationError
 from common.models.base import model_digest, resolve_base, trainable_tensors
 from common.processes import listens
@@ -26,7 +27,7 @@ HomeOption = Annotated[
 ]
 
 app = typer.Typer(help="The merge server: init, invite, up, status.", no_args_is_help=True)
-run_app = typer.Typer(help="Runs on this merge server: start, status, list, stop.", no_args_is_help=True)
+run_app = typer.Typer(help="Runs on this merge server: start, watch, stop, withdraw.", no_args_is_help=True)
 
 
 @app.command()
@@ -149,7 +150,9 @@ def revoke(
 
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """What runs, who joined, which runs are open."""
+    """What runs, who joined, which runs are open, who asked for a withdrawal."""
+    from server.withdrawal import asked
+
     opened = _open(home)
     ports = opened.config.ports
     services = {
@@ -160,9 +163,10 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         {"domain": m.domain, "pseudonym": m.pseudonym, "joined_s": m.joined_s, "revoked": m.is_revoked}
         for m in opened.members.all()
     ]
-    runs = [_run_record(run) for run in opened.runs.all()]
+    runs, wishes = [_run_record(run) for run in opened.runs.all()], asked(opened)
     if as_json:
-        typer.echo(json.dumps({"services": services, "members": members, "runs": runs}, indent=1))
+        record = {"services": services, "members": members, "runs": runs, "withdrawals_asked": wishes}
+        typer.echo(json.dumps(record, indent=1))
         return
     for name, alive in services.items():
         typer.echo(f"{name:10} {'up' if alive else 'down'}")
@@ -171,6 +175,8 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         typer.echo(f"member     {member['domain']} ({member['pseudonym']}{gone})")
     for record in runs:
         typer.echo(f"run        {record['run']} {record['state']} {record['phase']}")
+    for wish in wishes:
+        typer.echo(f"asked      isthmus run withdraw {wish['domain']} --run {wish['run']}")
 
 
 @app.command("serve-fleet", hidden=True)
@@ -208,7 +214,12 @@ def start(
     opened = _open(home)
     run = create_run(opened, load_toml(config, RunConfig))
     typer.echo(run.spec.run_id)
-    if not listens("127.0.0.1", opened.config.ports.superlink):
+    _see_to_its_end(opened, run, wait=wait)
+
+
+def _see_to_its_end(home: ServerHome, run: Run, *, wait: bool) -> None:
+    """Say so where nobody works on the run; with `wait` stay, and exit with 1 unless it is done."""
+    if not run.is_final and not listens("127.0.0.1", home.config.ports.superlink):
         typer.echo("the server is not up: the run begins with `isthmus server up`", err=True)
     while wait and not run.is_final:
         time.sleep(1.0)
@@ -240,10 +251,17 @@ def run_status(
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """How far a run is."""
-    opened = _open(home)
-    if not run and not opened.runs.all():
+    _print_run(_run_or_newest(_open(home), run))
+
+
+def _run_or_newest(home: ServerHome, run: str) -> Run:
+    """The run of that id, or the newest. Raises FederationError."""
+    if run:
+        return home.runs.get(run)
+    runs = home.runs.all()
+    if not runs:
         raise FederationError("there is no run", next_step="isthmus run start CONFIG")
-    _print_run(opened.runs.get(run) if run else opened.runs.all()[-1])
+    return runs[-1]
 
 
 @run_app.command("list")
@@ -255,6 +273,92 @@ def run_list(home: HomeOption = DEFAULT_HOME) -> None:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.spec.created_s))
         table.add_row(record["run"], record["state"], record["phase"], started)
     Console().print(table)
+
+
+@run_app.command()
+def vectors(
+    run: Annotated[str, typer.Argument(help="run id, or how it begins; default: the newest")] = "",
+    home: HomeOption = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, by layer")] = False,
+) -> None:
+    """Norm and direction of each domain's vector, and which of them stand out."""
+    from server.rounds import survey_of
+
+    opened = _open(home)
+    found = survey_of(opened, _run_or_newest(opened, run))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    names = list(found["vectors"])
+    table = Table("domain", "norm", "score", "cosine to the others", "score", "stands out", *names, box=None)
+    for name, facts in found["vectors"].items():
+        cells = (
+            f"{facts['norm']:.4g}",
+            f"{facts['norm_score']:.1f}",
+            _maybe(facts["cosine_to_others"], ".3f"),
+            _maybe(facts["cosine_score"], ".1f"),
+            ", ".join(facts["stands_out"]),
+            *(f"{found['cosines'][name][other]:.3f}" for other in names),
+        )
+        table.add_row(name, *cells)
+    Console().print(table)
+    typer.echo(found["note"])
+
+
+@run_app.command("leave-one-out")
+def leave_one_out(
+    run: Annotated[str, typer.Argument(help="run id, or how it begins; default: the newest")] = "",
+    home: HomeOption = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Merge a finished run without each vector, and say what changes on probes from the public catalogs.
+
+    One merge a domain. Interrupted, the same command goes on.
+    """
+    from server.leave_one_out import estimate_s
+    from server.leave_one_out import leave_one_out as evaluate
+
+    opened = _open(home)
+    found = _run_or_newest(opened, run)
+    about_s = estimate_s(found)
+    if about_s:
+        typer.echo(f"{found.spec.run_id}: about {about_s / 60:.0f} minutes for the merges alone", err=True)
+    with progress_bars() as report:
+        result = evaluate(opened, found, report)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    catalogs = list(result["probes"])
+    table = Table("without", *(f"catalog of {name}" for name in catalogs), box=None)
+    for name, row in result["without"].items():
+        cells = (f"{row['change'][c]:+.4f} (same {row['agreement'][c]:.3f})" for c in catalogs)
+        table.add_row(name, *cells)
+    Console().print(table)
+    typer.echo(result["note"])
+
+
+def _maybe(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+@run_app.command()
+def withdraw(
+    domain: Annotated[str, typer.Argument(help="the domain whose vector is withdrawn")],
+    run: Annotated[
+        str, typer.Option("--run", help="run id, or how it begins; default: the newest with its vector")
+    ] = "",
+    home: HomeOption = DEFAULT_HOME,
+    no_model: Annotated[bool, typer.Option("--no-model", help="revoke only; publish no other model")] = False,
+    wait: Annotated[bool, typer.Option(help="stay until the others have the model without it")] = False,
+) -> None:
+    """Revoke a domain's vector, and publish the universal model without it to the others."""
+    from server.withdrawal import withdraw as do_withdraw
+
+    opened = _open(home)
+    found = do_withdraw(opened, domain, run, remerge=not no_model)
+    typer.echo(f"{found.spec.run_id}: {found.state['state']}")
+    typer.echo(f"the vector of {domain} is revoked, and is never merged again")
+    _see_to_its_end(opened, found, wait=wait)
 
 
 @run_app.command()
@@ -295,7 +399,9 @@ def _print_run(run: Run) -> None:
         if live:
             typer.echo(f"  {live.get('phase', '')} {live.get('step', 0)}/{live.get('total', 0)}")
     if record["state"] == "done":
-        typer.echo(f"  model {run.folder / 'model'}\n  report {run.folder / 'report.html'}")
+        if (run.folder / "model").exists():  # a withdrawal may publish none
+            typer.echo(f"  model {run.folder / 'model'}")
+        typer.echo(f"  report {run.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

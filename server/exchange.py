@@ -102,6 +102,8 @@ class ExchangeService:
             parcel = store.get(digest)
         if parcel is None:
             raise RefusedError("no such parcel for this domain", reason="unknown-parcel")
+        if store.is_withdrawn(digest):
+            raise RefusedError("a vector in this model was withdrawn", reason="withdrawn")
         self._intake.ledger.record_once(
             Crossing(
                 direction="out",

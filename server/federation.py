@@ -88,12 +88,15 @@ class Control:
         order_for: Callable[[str], Order],
         has_delivered: Callable[[str, bool], bool],
         deadline_s: float,
+        quorum: int | None = None,
     ) -> Outcome:
         """Send each domain its order until `has_delivered(domain, says_done)`, to Unix second `deadline_s`.
 
-        Raises StoppedError when the operator asked for it, FederationError below the quorum.
+        `quorum` None is the run's. Raises StoppedError when the operator asked for it, FederationError
+        below the quorum.
         """
         self._deadline_s = deadline_s
+        quorum = self._run.spec.quorum if quorum is None else quorum
         asks = {domain: _Ask(domain) for domain in domains}
         delivered: list[str] = []
         while True:
@@ -107,7 +110,7 @@ class Control:
                 break
             if self._run.stop_asked:
                 raise StoppedError("the operator stopped the run")
-            if len(delivered) + len(waiting) < self._run.spec.quorum:
+            if len(delivered) + len(waiting) < quorum:
                 break
             for ask in [ask for ask in waiting if ask.says_done]:
                 ask.says_done = False
@@ -116,10 +119,10 @@ class Control:
             self._pull(waiting)
             time.sleep(self._sleep_s)
         lost = {ask.domain: ask.lost_as or "deadline" for ask in asks.values()}
-        if len(delivered) < self._run.spec.quorum:
+        if len(delivered) < quorum:
             reasons = ", ".join(f"{domain}: {why}" for domain, why in sorted(lost.items()))
             raise FederationError(
-                f"{len(delivered)} domains delivered, the quorum is {self._run.spec.quorum} ({reasons})",
+                f"{len(delivered)} domains delivered, the quorum is {quorum} ({reasons})",
                 next_step="mend what kept them and start a new run; fine-tunings are kept",
             )
         return Outcome(sorted(delivered), lost)

@@ -19,7 +19,7 @@ from pathlib import Path
 from common.errors import IsthmusError, LedgerError, ParcelError, RefusedError, StorageError, TransportError
 from common.files import CHUNK_BYTES, sha256_bytes, storage_errors, write_all
 from common.ledger import Crossing, Entry, Ledger
-from common.parcels import SERVER, Header, Receipt
+from common.parcels import SERVER, Header, Kind, Receipt
 from common.payloads import PayloadFacts, inspect
 from common.signing import Sealed, SigningKey
 from server.admission import Admission, Known
@@ -188,6 +188,7 @@ class Intake:
             used_parcels=parcels,
             used_bytes=size_bytes,
             now_s=now_s,
+            withdrawn=self.store.is_withdrawn(header.payload_digest),
         )
 
     def _spooled_bytes(self, digest: str) -> int:
@@ -210,7 +211,8 @@ class Intake:
         spool = self.store.spool_path(digest)
         try:
             self._admission.check_digest(header, upload.payload_digest, upload.received_bytes)
-            self._admission.check_payload(header, self._inspect(spool, header), self._run(header))
+            facts = self._inspect(spool, header)
+            self._admission.check_payload(header, facts, self._run(header), self._vectors(header))
         except RefusedError as err:
             self.store.forget_spool(digest)
             raise self.refuse(upload.envelope, header, err.reason, err.message, final=True) from None
@@ -222,6 +224,8 @@ class Intake:
             except RefusedError as err:
                 self.store.forget_spool(digest)
                 raise self.refuse(upload.envelope, header, err.reason, err.message) from None
+            if header.kind is Kind.REVOCATION:  # its owner's word is enough: it is merged no more
+                self.store.withdraw(str(facts.values["payload"]))
             entry = self._record(upload.envelope, header, header.sender, "accepted")
             receipt = self._receipt(digest, header, entry, "")
             self.store.record_accepted(upload.envelope, header, receipt)
@@ -236,6 +240,11 @@ class Intake:
         if run is None:
             raise RefusedError("the run is gone", reason="wrong-run")
         return run
+
+    def _vectors(self, header: Header) -> dict[str, str]:
+        """The sender's task vectors in this run: parcel to payload."""
+        found = self.store.find(run=header.run, sender=header.sender, kind=Kind.TASK_VECTOR)
+        return {stored.digest: stored.payload_digest for stored in found}
 
     def _inspect(self, spool: Path, header: Header) -> PayloadFacts:
         try:

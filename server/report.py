@@ -2,21 +2,20 @@
 
 It is read from `summary.json` and `metrics.jsonl` (docs/summary-schema.md) and nothing else. Whatever is
 absent there - a lost domain, metrics that an owner does not allow, a trajectory - is absent here or shown
-as a dash. Every text is escaped (`server.reporting.markup`); nothing is loaded from anywhere.
+as a dash. Every text is escaped (`common.pages`); nothing is loaded from anywhere.
 """
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 
 from common.files import write_atomic
+from common.pages import Html, digest, finite, join, number, page, tag
 from server.reporting import sections
+from server.reporting.charts import bars
 from server.reporting.data import Json, metric_name, metrics, part, read_events, read_summary
-from server.reporting.markup import Html, bars, digest, finite, join, number, tag
 
 SYNTHETIC = "Synthetic demo data: figures say nothing about real shops"
 PARTS = Path(__file__).with_name("reporting")
@@ -28,8 +27,8 @@ def write_report(folder: Path) -> Path:
     Raises DataError when `summary.json` is missing, damaged or of another schema. `metrics.jsonl` may be
     missing or end in a cut line.
     """
-    page = render(read_summary(folder / "summary.json"), read_events(folder / "metrics.jsonl"))
-    write_atomic(folder / "report.html", page.encode("utf-8"))
+    text = render(read_summary(folder / "summary.json"), read_events(folder / "metrics.jsonl"))
+    write_atomic(folder / "report.html", text.encode("utf-8"))
     return folder / "report.html"
 
 
@@ -41,6 +40,8 @@ def render(summary: Json, events: Sequence[Json]) -> str:
         "Training": sections.training(summary, events),
         "What crossed": sections.crossings(summary),
         "Domains": sections.domains(summary),
+        "Vectors": sections.vectors(summary),
+        "Without each vector": sections.leave_one_out(summary),
         "Time and memory": sections.costs(summary),
         "Limits": sections.limits(summary),
         "Configuration": sections.configuration(summary),
@@ -49,17 +50,19 @@ def render(summary: Json, events: Sequence[Json]) -> str:
     anchors = {title: title.lower().replace(" ", "-") for title in shown}
     links = (tag("a", title, href=f"#{anchor}") for title, anchor in anchors.items())
     name = str(part(summary, "run").get("name", "run"))
-    template = Template((PARTS / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=html.escape(f"{name} - Isthmus run"),
-        css=(PARTS / "report.css").read_text(encoding="utf-8"),
-        banner=tag("div", SYNTHETIC, class_="banner", role="note") if summary.get("synthetic") else "",
-        body=join(
+    return page(
+        f"{name} - Isthmus run",
+        (PARTS / "report.css").read_text(encoding="utf-8"),
+        join(
             _heading(summary, name),
             _headline(summary),
-            tag("nav", *links),
-            *(tag("section", tag("h2", title, id=anchors[title]), body) for title, body in shown.items()),
+            tag("nav", *links, aria_label="On this page"),
+            *(
+                tag("section", tag("h2", title, id=anchors[title]), body, aria_labelledby=anchors[title])
+                for title, body in shown.items()
+            ),
         ),
+        tag("div", SYNTHETIC, class_="banner", role="note") if summary.get("synthetic") else "",
     )
 
 
@@ -98,7 +101,7 @@ def _headline(summary: Json) -> Html:
         first = first or _sentence(metric, values, own, title)
         big = tag("span", number(values[own], 1), tag("small", " of 100"), class_="big")
         lines = bars([(names[row], value, row == own) for row, value in values.items()], 1)
-        cards.append(tag("div", tag("h3", f"{metric_name(metric)}, {title}"), big, lines, class_="card"))
+        cards.append(tag("div", tag("p", f"{metric_name(metric)}, {title}"), big, lines, class_="card"))
     if not cards:
         return tag("p", "No headline: no figures of the universal model and of fine-tuned models to compare.")
     note = "Mean over the domains, in per cent of what each domain's own fine-tuned model reaches."

@@ -10,6 +10,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from common.payloads import decode_values
 from server.home import ServerHome
 from server.merge import MergeResult
 from server.report import write_report
+from server.reporting.data import read_summary
 from server.runs import Run
 
 ZERO_SHOT, FINE_TUNED, UNIVERSAL = "zero-shot", "fine-tuned", "universal"
+VECTORS = "vectors.json"
 Table = dict[str, dict[str, dict[str, float]]]  # row -> domain -> metric -> value
 
 
@@ -44,13 +47,16 @@ def summarise(
     home: ServerHome, run: Run, merged: Sequence[MergeResult], lost: Mapping[str, str]
 ) -> dict[str, Any]:
     """The summary of a run as the server may know it."""
-    spec = run.spec
+    spec, source = run.spec, home.runs.source(run)
     results = read_metrics(home, run)
-    vectors = {parcel.header.sender: parcel for parcel in _parcels(home, run, Kind.TASK_VECTOR)}
+    vectors = {parcel.header.sender: parcel for parcel in _parcels(home, source, Kind.TASK_VECTOR)}
+    if spec.withdrawal is not None:
+        results = _yardsticks(home, source, spec.members) | results
+        lost = {spec.withdrawal.domain: "withdrawn", **lost}
     domains = {}
     synthetic = False
-    for domain in spec.members:
-        card = _card(home, run, domain)
+    for domain in source.spec.members:
+        card = _card(home, source, domain)
         synthetic = synthetic or bool(card.get("synthetic"))
         vector = vectors.get(domain)
         domains[domain] = {
@@ -80,6 +86,7 @@ def summarise(
             "finished_s": int(time.time()),
             "state": "done",
         },
+        "withdrawal": None if spec.withdrawal is None else asdict(spec.withdrawal),
         "synthetic": synthetic,
         "config": spec.config.model_dump(mode="json"),
         "base": {"model": spec.config.base.model, "digest": spec.base_digest},
@@ -96,9 +103,37 @@ def summarise(
             for result in merged
         },
         "published": {"label": spec.config.publish, "folder": "model", **(published or {})},
+        "vectors": _read_json(run.folder / VECTORS),
         "crossings": crossings(home, spec.run_id),
         "seconds": _phase_seconds(run),
         "processes": _read_json(home.path / "processes.json"),
+    }
+
+
+def put_leave_one_out(run: Run, found: Mapping[str, Any]) -> None:
+    """Add a leave-one-out evaluation to the results of a finished run."""
+    _rewrite(run, {**read_summary(run.folder / "summary.json"), "leave_one_out": found})
+
+
+def _rewrite(run: Run, summary: Mapping[str, Any]) -> None:
+    write_atomic(run.folder / "summary.json", json.dumps(summary, indent=1).encode())
+    write_report(run.folder)
+
+
+def amend_results(home: ServerHome, run: Run, domain: str, withdrawal: Run) -> None:
+    """Say in the results of a finished run that a domain's vector was withdrawn, and by which run."""
+    summary = read_summary(run.folder / "summary.json")
+    summary["domains"][domain]["withdrawn"] = withdrawal.spec.run_id
+    summary["crossings"] = crossings(home, run.spec.run_id)
+    _rewrite(run, summary)
+
+
+def _yardsticks(home: ServerHome, source: Run, domains: Iterable[str]) -> Table:
+    """What the domains' own and the base model reached in the run whose vectors are merged again."""
+    found, kept = read_metrics(home, source), set(domains)
+    return {
+        row: {domain: values for domain, values in found.get(row, {}).items() if domain in kept}
+        for row in (ZERO_SHOT, FINE_TUNED)
     }
 
 

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.catalog import Catalog
 from common.errors import FederationError
+from common.files import write_atomic
 from common.ledger import Journal
 from common.metrics import metric_names
 from common.models.base import model_digest, resolve_base
@@ -24,13 +26,15 @@ from common.vectors import TaskVector, read_vector, write_vector
 from server.federation import Control, GridLike, Outcome, ask_for_metrics, contribute
 from server.home import ServerHome
 from server.merge import MergeResult, run_merge
+from server.outliers import survey
 from server.publishing import Provenance, publish
-from server.results import write_results
+from server.results import VECTORS, write_results
 from server.roots import keep_checkpoints
 from server.runs import DONE, RUNNING, Run
 from server.store import OpenRun
 
 log = logging.getLogger(__name__)
+WITHDRAWN = "withdrawn"
 
 
 @dataclass(frozen=True)
@@ -42,28 +46,26 @@ class Inputs:
     vector_parcels: dict[str, Parcel]
     synthetic: frozenset[str]
 
+    def check_standing(self, home: ServerHome) -> None:
+        """Raise FederationError naming the domain whose vector was withdrawn meanwhile."""
+        for domain, parcel in self.vector_parcels.items():
+            if home.store.is_withdrawn(parcel.header.payload_digest):
+                raise withdrawn_error(domain)
+
 
 def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
     """Work through `run` to its end. Raises IsthmusError; what is done by then is kept."""
     status = StatusFile(run.folder / "status.json", run=run.spec.run_id)
     control = Control(grid, home, run)
     journal = Journal(run.folder / "journal.jsonl")
-    home.store.open_run(
-        OpenRun(
-            run=run.spec.run_id,
-            base_digest=run.spec.base_digest,
-            domains=frozenset(run.spec.members),
-            tensors={name: tuple(shape) for name, shape in run.spec.tensors.items()},
-            rounds=len(ROUND),
-            metrics=frozenset(metric_names(run.spec.config.evaluation.k)),
-        )
-    )
+    home.store.open_run(open_run(run))
 
-    _enter(home, run, journal, status, "contribute")
-    outcome = contribute(control, home, run)
+    enter(home, run, journal, status, "contribute")
+    outcome = without_withdrawn(home, run, contribute(control, home, run))
     journal.put("contributed", {"delivered": outcome.delivered, "lost": outcome.lost})
 
-    _enter(home, run, journal, status, "merge")
+    enter(home, run, journal, status, "merge")
+    survey_of(home, run)
     inputs = read_inputs(home, run, outcome.delivered)
     merged = [
         run_merge(
@@ -78,17 +80,60 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
         for method in run.spec.config.merge
     ]
 
-    until_s = _enter(home, run, journal, status, "evaluate")
+    until_s = enter(home, run, journal, status, "evaluate")
     candidates = [_publish_vector(home, run, journal, result, Kind.CANDIDATE) for result in merged]
     evaluated = ask_for_metrics(control, home, run, EVALUATE, outcome.delivered, candidates, until_s)
 
-    until_s = _enter(home, run, journal, status, "install")
+    until_s = enter(home, run, journal, status, "install")
     chosen = next(result for result in merged if result.label == run.spec.config.publish)
-    universal = _publish_universal(home, run, journal, chosen, inputs)
+    universal = publish_universal(home, run, journal, chosen, inputs)
     installed = ask_for_metrics(control, home, run, INSTALL, evaluated.delivered, [universal], until_s)
 
-    _enter(home, run, journal, status, "report")
+    enter(home, run, journal, status, "report")
     write_results(home, run, merged, _lost(outcome, evaluated, installed))
+    finish(home, run, status)
+
+
+def open_run(run: Run, **changes: Any) -> OpenRun:
+    """What the server admits for `run`; `changes` are other fields of `OpenRun`."""
+    facts: dict[str, Any] = {
+        "run": run.spec.run_id,
+        "base_digest": run.spec.base_digest,
+        "domains": frozenset(run.spec.members),
+        "tensors": {name: tuple(shape) for name, shape in run.spec.tensors.items()},
+        "rounds": ROUND[INSTALL] + 1,
+        "metrics": frozenset(metric_names(run.spec.config.evaluation.k)),
+    }
+    return OpenRun(**{**facts, **changes})
+
+
+def without_withdrawn(home: ServerHome, run: Run, outcome: Outcome) -> Outcome:
+    """`outcome` with every domain as lost whose admitted vector was withdrawn (from another run).
+
+    Raises FederationError below the quorum.
+    """
+    gone = [domain for domain in outcome.delivered if is_withdrawn(home, run, domain)]
+    delivered = [domain for domain in outcome.delivered if domain not in gone]
+    if gone and len(delivered) < max(1, run.spec.quorum):
+        raise withdrawn_error(gone[0])
+    return Outcome(delivered, outcome.lost | dict.fromkeys(gone, WITHDRAWN))
+
+
+def is_withdrawn(home: ServerHome, run: Run, domain: str) -> bool:
+    """Whether the vector that `domain` delivered for `run` was withdrawn."""
+    return home.store.is_withdrawn(admitted(home, run, Kind.TASK_VECTOR, domain).header.payload_digest)
+
+
+def withdrawn_error(domain: str) -> FederationError:
+    """Why a run cannot go on with this domain's vector."""
+    return FederationError(
+        f"{WITHDRAWN}: the vector of {domain} was withdrawn, and is never merged again",
+        next_step="start a new run; with other data or another configuration it gives a new vector",
+    )
+
+
+def finish(home: ServerHome, run: Run, status: StatusFile) -> None:
+    """Close a run whose results are written."""
     home.store.close_run(run.spec.run_id)
     keep_checkpoints(home)
     run.set_state(DONE, phase="done")
@@ -96,21 +141,44 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
 
 
 def read_inputs(home: ServerHome, run: Run, domains: Iterable[str]) -> Inputs:
-    """The admitted vectors and catalogs of `domains`."""
+    """The admitted vectors and catalogs of `domains`. Raises FederationError where one was withdrawn."""
     expected = {name: tuple(shape) for name, shape in run.spec.tensors.items()}
     taus, catalogs, parcels, synthetic = {}, {}, {}, set()
     for domain in domains:
-        vector = _admitted(home, run, Kind.TASK_VECTOR, domain)
+        vector = admitted(home, run, Kind.TASK_VECTOR, domain)
+        if home.store.is_withdrawn(vector.header.payload_digest):
+            raise withdrawn_error(domain)
         taus[domain] = read_vector(vector.payload, expected, run.spec.config.training.vector_codec)
-        catalogs[domain] = Catalog.read(_admitted(home, run, Kind.CATALOG, domain).payload)
-        card = json.loads(_admitted(home, run, Kind.DOMAIN_CARD, domain).payload.read_bytes())
+        catalogs[domain] = Catalog.read(admitted(home, run, Kind.CATALOG, domain).payload)
+        card = json.loads(admitted(home, run, Kind.DOMAIN_CARD, domain).payload.read_bytes())
         if card.get("synthetic"):
             synthetic.add(domain)
         parcels[domain] = vector
     return Inputs(taus, catalogs, parcels, frozenset(synthetic))
 
 
-def _admitted(home: ServerHome, run: Run, kind: Kind, domain: str) -> Parcel:
+def survey_of(home: ServerHome, run: Run) -> dict[str, Any]:
+    """Norms and cosines of the vectors that `run` merges (`server.outliers`), read once and kept.
+
+    Raises FederationError before the run has its vectors.
+    """
+    path = run.folder / VECTORS
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    source, domains = home.runs.source(run), run.merged_domains
+    if not domains:
+        raise FederationError(f"{run.spec.run_id} has no vectors yet", next_step="isthmus run status")
+    files = {domain: admitted(home, source, Kind.TASK_VECTOR, domain).payload for domain in domains}
+    found = survey({domain: file for domain, file in files.items() if file.exists()})
+    write_atomic(path, json.dumps(found, indent=1).encode())
+    for domain, vector in found["vectors"].items():
+        if vector["stands_out"]:
+            log.warning("the vector of %s stands out: %s", domain, ", ".join(vector["stands_out"]))
+    return found
+
+
+def admitted(home: ServerHome, run: Run, kind: Kind, domain: str) -> Parcel:
+    """What `domain` delivered for round 0 of `run`. Raises FederationError when it delivered none."""
     found = home.store.find(run=run.spec.run_id, kind=kind, sender=domain, round=0)
     parcel = home.store.get(found[-1].digest) if found else None
     if parcel is None:
@@ -151,10 +219,14 @@ def _vector_file(run: Run, result: MergeResult) -> Path:
     return path
 
 
-def _publish_universal(
+def publish_universal(
     home: ServerHome, run: Run, journal: Journal, chosen: MergeResult, inputs: Inputs
 ) -> Candidate:
-    """The model folder for everybody, made from exactly the (quantised) vector that the domains get."""
+    """The model folder for everybody, made from exactly the (quantised) vector that the domains get.
+
+    Raises FederationError when one of its vectors was withdrawn meanwhile.
+    """
+    inputs.check_standing(home)
     config = run.spec.config
     folder = run.folder / "model"
     if not folder.exists():
@@ -190,7 +262,7 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
     )
 
 
-def _enter(home: ServerHome, run: Run, journal: Journal, status: StatusFile, phase: str) -> float:
+def enter(home: ServerHome, run: Run, journal: Journal, status: StatusFile, phase: str) -> float:
     """Begin a phase, or go on with it; Unix seconds after which it waits no longer for every domain."""
     log.info("%s: %s", run.spec.run_id, phase)
     fact = journal.get(f"phase/{phase}") or {"time_s": round(time.time(), 2)}

@@ -30,11 +30,23 @@ from typing import Any
 from common.config import RunConfig, validate
 from common.errors import FederationError
 from common.files import write_atomic
+from common.ledger import Journal
 
 log = logging.getLogger(__name__)
 
 PENDING, RUNNING, DONE, FAILED, STOPPED = "pending", "running", "done", "failed", "stopped"
 FINAL = frozenset({DONE, FAILED, STOPPED})
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """What a run is that takes a domain's vector out of another run's model (`server.withdrawal`)."""
+
+    run: str  # the finished run that merged the vector
+    domain: str
+    parcel: str  # the task vector's parcel and payload
+    payload: str
+    remerge: bool = True  # whether a model without it is merged and published
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class RunSpec:
     tensors: dict[str, list[int]]  # name -> shape of every tensor that a task vector must hold
     members: tuple[str, ...]
     created_s: int
+    withdrawal: Withdrawal | None = None
 
     @property
     def deadline_s(self) -> float:
@@ -94,6 +107,12 @@ class Run:
         record = {"state": state, "phase": phase, "reason": reason, "updated_s": round(time.time(), 2)}
         write_atomic(self.folder / "state.json", json.dumps(record).encode())
 
+    @property
+    def merged_domains(self) -> list[str]:
+        """Whose vectors this run has taken for its merges; empty before it did."""
+        fact = Journal(self.folder / "journal.jsonl").get("contributed") or {}
+        return [str(domain) for domain in fact.get("delivered", [])]
+
     def stop(self) -> None:
         """Ask whoever works on the run to end it."""
         (self.folder / "stop").touch()
@@ -129,10 +148,16 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def create(
-        self, config: RunConfig, *, base_digest: str, tensors: dict[str, list[int]], members: tuple[str, ...]
+        self,
+        config: RunConfig,
+        *,
+        base_digest: str,
+        tensors: dict[str, list[int]],
+        members: tuple[str, ...],
+        withdrawal: Withdrawal | None = None,
     ) -> Run:
         """A new pending run. Raises FederationError without members or with too few for the quorum."""
-        if not members:
+        if not members and withdrawal is None:
             raise FederationError("no domain has joined", next_step="isthmus server invite DOMAIN, then join")
         if config.run.quorum > len(members):
             raise FederationError(
@@ -141,7 +166,8 @@ class Runs:
             )
         resolved = config.model_dump_json()
         mark = hashlib.sha256(f"{resolved}{base_digest}{secrets.token_hex(8)}".encode()).hexdigest()[:8]
-        spec = RunSpec(f"{config.run.name}-{mark}", config, base_digest, tensors, members, int(time.time()))
+        run_id, now_s = f"{config.run.name}-{mark}", int(time.time())
+        spec = RunSpec(run_id, config, base_digest, tensors, members, now_s, withdrawal)
         folder = self._folder / spec.run_id
         folder.mkdir()
         record = {**asdict(spec), "config": json.loads(resolved)}
@@ -173,6 +199,10 @@ class Runs:
                 log.warning("%s", err)
         return [Run(folder) for _, _, folder in sorted(found)]
 
+    def source(self, run: Run) -> Run:
+        """The run whose vectors `run` merges: itself, unless it is a withdrawal."""
+        return self.get(run.spec.withdrawal.run) if run.spec.withdrawal else run
+
     def open(self) -> list[Run]:
         """Runs that are not over."""
         return [run for run in self.all() if not run.is_final]
@@ -181,6 +211,7 @@ class Runs:
 def _read_spec(path: Path) -> RunSpec:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        withdrawal = record.get("withdrawal")
         return RunSpec(
             run_id=record["run_id"],
             config=validate(record["config"], RunConfig, where=str(path)),
@@ -188,6 +219,7 @@ def _read_spec(path: Path) -> RunSpec:
             tensors=record["tensors"],
             members=tuple(record["members"]),
             created_s=record["created_s"],
+            withdrawal=Withdrawal(**withdrawal) if withdrawal else None,
         )
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise FederationError(f"{path}: not a run: {err}", next_step="isthmus run list") from None

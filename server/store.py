@@ -2,7 +2,8 @@
 
     objects/sha256/ab/abcd...   envelopes and payloads, named by their SHA-256, never changed
     spool/<parcel digest>.part  payloads on their way in; what is there is where an upload resumes
-    store.jsonl                 the journal: `parcel/`, `pending/`, `refused/`, `ack/`, `run/`
+    store.jsonl                 the journal: `parcel/`, `pending/`, `refused/`, `ack/`, `run/`,
+                                `withdrawn/`
 
 A parcel exists when its journal record does. Objects are durable before the record, the record before
 the receipt is sent, so kill -9 at any point loses nothing and doubles nothing. The Exchange process and
@@ -210,6 +211,20 @@ class ParcelStore:
         envelope = self.read_bytes(digest)
         header = Header.stored(envelope)
         return Parcel(envelope, header, self.object_path(header.payload_digest))
+
+    # Withdrawn
+
+    def withdraw(self, digest: str) -> None:
+        """From now on admit no vector with this payload digest, and give out no parcel with this digest."""
+        self.journal.put(f"withdrawn/{digest}", {})
+
+    def is_withdrawn(self, digest: str) -> bool:
+        """Whether a vector's payload, or a published parcel, was withdrawn."""
+        return self.journal.get(f"withdrawn/{digest}") is not None
+
+    def forget_object(self, digest: str) -> None:
+        """Remove an object's file; parcels and ledger entries that name it stay."""
+        self.object_path(digest).unlink(missing_ok=True)
 
     # Runs
 

@@ -48,7 +48,7 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
     machine = OnOneMachine(
         out, data, **config.simulation.model_dump(include={"threads_per_domain", "trainers_at_once"})
     )
-    statuses = {name: machine.client_path(name) / "status.json" for name in data}
+    statuses = {name: machine.client_path(name) / "work" / "status.json" for name in data}
     progress = Progress(statuses, console)
     with progress.shown(), machine.running(config.base.model) as supervisor:
         run = machine.start_run(config.run_config())

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from clients.egress import EgressGate, EgressPolicy
+from clients.egress import EgressGate
 from clients.exchange_client import ExchangeClient
+from clients.policy import EgressPolicy
 from common.catalog import Catalog
 from common.checkpoints import LedgerHome
 from common.files import sha256_bytes, write_atomic

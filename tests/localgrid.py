@@ -8,6 +8,7 @@ the owner's runner code (`clients.runner.handle`), which calls the installed Cli
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections import defaultdict
@@ -24,9 +25,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import runner
 from clients.app import HOME_VARIABLE
-from clients.egress import EgressPolicy
 from clients.home import ClientHome
 from clients.join import join
+from clients.policy import EgressPolicy
 from clients.training.job import Job
 from clients.training.perform import perform
 from common.config import RunConfig
@@ -151,6 +152,30 @@ def unreachable(message: Message) -> Message:
     return Message(Error(UNREACHABLE, "node unavailable"), reply_to=message)
 
 
+def dying(target: Callable[..., Any], *, after: bool = False, call: int = 1) -> Callable[..., Any]:
+    """`target`, but its `call`-th call (and no later one) raises KilledError before or after the work."""
+    calls = []
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) != call:
+            return target(*arguments, **options)
+        if after:
+            target(*arguments, **options)
+        raise KilledError
+
+    return wrapped
+
+
+def resolve(name: str) -> Any:
+    """The object that `monkeypatch.setattr(name, ...)` would replace."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return getattr(resolve(module), attribute)
+
+
 class LocalFederation:
     """A server and one owner for each of `domains`, under `folder`. A context manager: it serves inside."""
 
@@ -253,7 +278,7 @@ class LocalFederation:
         result = json.loads(json.dumps(perform(job, NO_REPORT)))
         if job.mode == "fit":
             self.fits_done.append(domain)
-        return dict(result)
+        return {**result, "isolated": False}
 
 
 def _tls(home: ServerHome) -> TlsFiles:

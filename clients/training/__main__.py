@@ -1,4 +1,4 @@
-"""`python -m clients.training JOB.json`: the trainer's own process. See `clients.training.job`."""
+"""`python -m clients.training JOB.json FD`: the trainer's own process. See `clients.training.job`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ import time
 import traceback
 from pathlib import Path
 
-from clients.training.job import DONE, INTERRUPTED, ORPHANED, REFUSED, UNEXPECTED, Job, read_job
-from clients.training.slots import turn
-from common.errors import IsthmusError
+from clients.training.isolation import IMPOSSIBLE, IMPOSSIBLE_STEP, isolate
+from clients.training.job import (
+    DONE,
+    INTERRUPTED,
+    ISOLATED,
+    NOT_ISOLATED,
+    ORPHANED,
+    REFUSED,
+    UNEXPECTED,
+    Job,
+    read_job,
+)
+from clients.training.slots import shared_folder, turn
+from common.errors import IsthmusError, PolicyError
 from common.files import write_atomic
 from common.guard import check_imports
 from common.progress import NO_REPORT, Report, StatusFile
@@ -22,13 +33,14 @@ PARENT_CHECK_S = 1.0
 
 def main(arguments: list[str]) -> int:
     """Carry out the job; returns the exit code."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m clients.training JOB.json\n")
+    if len(arguments) != 2:
+        sys.stderr.write("usage: python -m clients.training JOB.json FD\n")
         return REFUSED
     job = None
     try:
         check_imports()
         job = read_job(Path(arguments[0]))
+        _isolate(job, int(arguments[1]))
         _end_with_parent()
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device a domain, never torch's DataParallel
         report: Report = (
@@ -49,6 +61,29 @@ def main(arguments: list[str]) -> int:
         _write_error(job, "unexpected", f"the trainer failed: {type(err).__name__}", "see trainer.log")
         return UNEXPECTED
     return DONE
+
+
+def _isolate(job: Job, tell: int) -> None:
+    """Isolate this process and tell the one that started it.
+
+    Raises PolicyError where it must be isolated and cannot.
+    """
+    readable = [Path(path) for path in (job.domain, job.base, job.model) if path]
+    readable += [Path(candidate.vector).parent for candidate in job.candidates]
+    slots = shared_folder()
+    writable = [
+        *(Path(job.work), Path(job.fits or job.work), Path(job.status or job.work).parent),
+        *([slots] if slots else []),
+    ]
+    for path in writable:
+        path.mkdir(parents=True, exist_ok=True)
+    isolated = bool(job.home) and isolate(Path(job.home), readable, writable)
+    os.write(tell, ISOLATED if isolated else NOT_ISOLATED)
+    os.close(tell)
+    if isolated:
+        os.environ["TMPDIR"] = job.work  # the only kind of folder that it can still write
+    elif job.require_isolation:
+        raise PolicyError(IMPOSSIBLE, next_step=IMPOSSIBLE_STEP)
 
 
 def _write_error(job: Job | None, code: str, message: str, next_step: str) -> None:

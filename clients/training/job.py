@@ -6,6 +6,8 @@
 The job runs as `python -m clients.training JOB.json` and gives torch's memory back by ending. It
 writes `status.json` (progress), `<name>.result.json` on success, `<name>.error.json` ({code, message,
 next_step}) on failure, and `trainer.log` for whatever libraries print; all in the owner's work folder.
+Where the job names the owner's `home`, the process is isolated first (`clients.training.isolation`). It says
+so through a pipe before it imports what it trains with: no library answers for it.
 Exit codes: 0 done, 1 unexpected, 2 a named error, 75 its parent went away, 130 interrupted.
 """
 
@@ -27,6 +29,7 @@ from common.errors import FederationError, IsthmusError
 from common.files import write_atomic
 
 DONE, UNEXPECTED, REFUSED, ORPHANED, INTERRUPTED = 0, 1, 2, 75, 130
+ISOLATED, NOT_ISOLATED = b"1", b"0"
 
 
 class Candidate(Frozen):
@@ -50,6 +53,7 @@ class Job(Frozen):
     `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
     `limits` is what the owner demands of a fine-tuning's privacy, after `epsilon_spent` in earlier ones.
+    `home`: what the trainer must not see, the folders above excepted; empty: it is not isolated.
     """
 
     mode: Literal["fit", "evaluate", "candidates"]
@@ -66,6 +70,8 @@ class Job(Frozen):
     limits: PrivacyLimits = PrivacyLimits()
     epsilon_spent: float = 0.0
     threads: int = 0
+    home: str = ""
+    require_isolation: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Job:
@@ -91,6 +97,7 @@ def read_job(path: Path) -> Job:
 def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None = None) -> dict[str, Any]:
     """Run `job` in a process of its own and wait for its result.
 
+    The result has `isolated`: whether this process was, and for a fine-tuning every one before it in `fits`.
     `on_start` is given the process, for a supervisor that must be able to end it. Whatever interrupts
     the wait ends the process too. Raises the IsthmusError that the trainer named, or FederationError.
     """
@@ -104,30 +111,45 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
     environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
     if job.threads:
         environment |= {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
-    with (Path(job.work) / "trainer.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "clients.training", str(path)],
-            cwd=job.work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        if on_start is not None:
-            on_start(process)
-        status = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    told, tell = os.pipe()
+    with (Path(job.work) / "trainer.log").open("ab") as log, os.fdopen(told, "rb") as word:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "clients.training", str(path), str(tell)],
+                cwd=job.work,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(tell,),
+            )
+        finally:
+            os.close(tell)
+        try:
+            if on_start is not None:
+                on_start(process)
+            isolated = noted(job, isolated=word.read(1) == ISOLATED)
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
     if status == DONE and job.file("result").is_file():
         result: dict[str, Any] = json.loads(job.file("result").read_text(encoding="utf-8"))
-        return result
+        return {**result, "isolated": isolated}
     raise _named_error(job, status)
 
 
-_PATHS = ("domain", "base", "work", "status", "model", "fits")
+_PATHS = ("domain", "base", "work", "status", "model", "fits", "home")
+
+
+def noted(job: Job, *, isolated: bool) -> bool:
+    """Whether all that trained in `fits` was isolated; one that was not leaves a mark there."""
+    mark = Path(job.fits or job.work) / "not-isolated"
+    if job.mode == "fit" and not isolated:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    return isolated and not (job.mode == "fit" and mark.exists())
 
 
 def _named_error(job: Job, status: int) -> IsthmusError:

@@ -29,21 +29,35 @@ def environment(folder: Path, slots: int) -> dict[str, str]:
 @contextlib.contextmanager
 def turn(report: Report) -> Iterator[None]:
     """Wait for a free slot and hold it; without the variable there is nothing to wait for."""
-    setting = os.environ.get(VARIABLE, "")
-    if not setting:
+    shared = _setting()
+    if shared is None:
         yield
         return
-    folder, _, count = setting.rpartition(":")
-    if not folder or not count.isdigit() or int(count) < 1:
-        raise ConfigError(f"{VARIABLE} is {setting!r}", next_step="write FOLDER:N, N at least 1")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    held = _take(Path(folder), int(count))
+    folder, count = shared
+    folder.mkdir(parents=True, exist_ok=True)
+    held = _take(folder, count)
     while held is None:
         report(phase="wait for a processor")
         time.sleep(POLL_S)
-        held = _take(Path(folder), int(count))
+        held = _take(folder, count)
     with held:
         yield
+
+
+def shared_folder() -> Path | None:
+    """Where the lock files are, if turns are taken. Raises ConfigError."""
+    shared = _setting()
+    return None if shared is None else shared[0]
+
+
+def _setting() -> tuple[Path, int] | None:
+    setting = os.environ.get(VARIABLE, "")
+    if not setting:
+        return None
+    folder, _, count = setting.rpartition(":")
+    if not folder or not count.isdigit() or int(count) < 1:
+        raise ConfigError(f"{VARIABLE} is {setting!r}", next_step="write FOLDER:N, N at least 1")
+    return Path(folder), int(count)
 
 
 def _take(folder: Path, count: int) -> IO[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
@@ -17,6 +18,7 @@ from common.audit.bundle import Bundle
 from common.audit.verify import AuditReport, DomainReport, Tally, verify
 from common.console import progress_bars
 from common.errors import ConfigError, LedgerError
+from common.files import write_atomic
 from common.ledger import Crossing, walk
 from common.roots import SignedRoot
 from common.signing import PublicKey
@@ -24,6 +26,7 @@ from common.signing import PublicKey
 Format = Literal["text", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="text, or json for machines")]
 BundleArgument = Annotated[Path, typer.Argument(help="the bundle's folder")]
+RootOption = Annotated[Path, typer.Option(help="root.json, as the auditor got it from its signers")]
 # Each shore knows its own home; naming the exporters here keeps `common` free of both.
 EXPORTERS = {
     "server.toml": "server.export:export",
@@ -59,23 +62,49 @@ def bundle(
 @app.command("verify")
 def verify_command(
     bundle: BundleArgument,
-    root: Annotated[Path, typer.Option(help="root.json, as the auditor got it from its signers")],
+    root: RootOption,
     format: FormatOption = "text",
 ) -> None:
     """Derive everything again and say what crossed; exit code 1 unless everything is as it must be."""
-    signed = SignedRoot.load(root)
-    with progress_bars() as report:
-
-        def on_step(shore: str, step: int, total: int) -> None:
-            report(phase=f"verify {shore}", step=step, total=total)
-
-        found = verify(Bundle(bundle), signed.root, on_step)
+    signed, found = _verified(bundle, root)
     if format == "json":
         typer.echo(json.dumps(as_json(found), indent=1))
     else:
         _print(found, signed)
     if not found.clean:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    bundle: BundleArgument,
+    root: RootOption,
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("audit.html"),
+) -> None:
+    """Write what `verify` finds as one HTML page for people; exit code 1 unless all is as it must be."""
+    from common.audit.report import render
+
+    signed, found = _verified(bundle, root)
+    page = render(found, signed.root, name=bundle.resolve().name, checked_s=int(time.time()))
+    write_atomic(out, page.encode("utf-8"))
+    typer.echo(f"{_verdict(found)}; {out}: written")
+    if not found.clean:
+        raise typer.Exit(1)
+
+
+def _verified(bundle: Path, root: Path) -> tuple[SignedRoot, AuditReport]:
+    """The root file and what `verify` finds under it, with a bar a ledger."""
+    signed = SignedRoot.load(root)
+    with progress_bars() as report:
+
+        def on_step(shore: str, step: int, total: int) -> None:
+            report(phase=f"verify {shore}", step=step, total=total)
+
+        return signed, verify(Bundle(bundle), signed.root, on_step)
+
+
+def _verdict(report: AuditReport) -> str:
+    return "clean: no findings" if report.clean else f"NOT CLEAN: {len(report.all_findings)} findings"
 
 
 @app.command()
@@ -162,7 +191,7 @@ def _print(report: AuditReport, signed: SignedRoot) -> None:
     for finding in report.all_findings:
         at = f"entry {finding.index}" if finding.index >= 0 else "as a whole"
         typer.echo(f"FINDING  {finding.shore}, {at}: {finding.code}: {finding.reason}")
-    typer.echo("clean: no findings" if report.clean else f"NOT CLEAN: {len(report.all_findings)} findings")
+    typer.echo(_verdict(report))
 
 
 def _print_domain(domain: DomainReport) -> None:
@@ -175,10 +204,20 @@ def _print_domain(domain: DomainReport) -> None:
         for p in domain.privacy
     )
     typer.echo(f"  privacy spend: {spend or 'no differential privacy was claimed'}")
+    for item in domain.withdrawn:
+        typer.echo(f"  {_withdrawn(item)}")
     for item in domain.unacknowledged:
         typer.echo(f"  unacknowledged: {item['kind']}, entry {item['index']} of {item['shore']}")
     for limit in domain.not_proven:
         typer.echo(f"  not proven: {limit}")
+
+
+def _withdrawn(item: dict[str, int | str]) -> str:
+    what = f"the task vector of run {item['run']}, entry {item['index']} of {item['shore']}"
+    if not item["revocation"]:
+        return f"asked to withdraw: {what}; the server has given out no revocation of it"
+    told = "" if item["told"] else "; nothing shows that the domain was told"
+    return f"withdrawn{', as it asked' if item['asked'] else ''}: {what}{told}"
 
 
 def _listed(tallies: dict[str, Tally]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
+from common.audit.withdrawals import NOT_MERGED, Withdrawn, accepted_after, withdrawals
 from common.errors import IsthmusError, LedgerError, ParcelError, SignatureError
 from common.files import sha256_bytes
 from common.ledger import LINE_BYTES, Crossing, lines, walk
@@ -33,7 +34,9 @@ from common.rotation import Rotation
 from common.signing import Sealed
 from common.statements import Statement, TreeHead
 
-FROM_A_DOMAIN = frozenset({Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS})
+FROM_A_DOMAIN = frozenset(
+    {Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS, Kind.REVOCATION}
+)
 FROM_THE_SERVER = frozenset({Kind.CANDIDATE, Kind.UNIVERSAL_MODEL, Kind.REVOCATION})
 LIMITS = (
     "that nothing left by another way: traffic that never passed the gate is in no ledger",
@@ -73,6 +76,7 @@ class DomainReport:
     received: dict[str, Tally] = field(default_factory=dict)
     privacy: list[dict[str, int | str]] = field(default_factory=list)
     unacknowledged: list[dict[str, int | str]] = field(default_factory=list)
+    withdrawn: list[dict[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
 
@@ -98,6 +102,20 @@ class ShoreReport:
 
 
 @dataclass
+class Evidence:
+    """What was read on the way: each ledger up to its first damaged entry, and what its entries speak of.
+
+    Headers and receipts, by the digest of their envelopes, are those that verified. `payloads` says, by the
+    digest in a verified header, what is wrong with the payload: nothing, or "absent" from the bundle.
+    """
+
+    crossings: dict[str, list[Crossing]] = field(default_factory=dict)
+    headers: dict[str, Header] = field(default_factory=dict)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    payloads: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class AuditReport:
     """What `verify` found. `findings` are those of no single domain."""
 
@@ -105,6 +123,7 @@ class AuditReport:
     shores: list[ShoreReport]
     domains: list[DomainReport]
     findings: list[Finding]
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def all_findings(self) -> list[Finding]:
@@ -170,6 +189,7 @@ class _Audit:
         self._payloads: dict[str, str] = {}
         self._nonces: dict[tuple[str, str], str] = {}
         self._without_payload: Counter[str] = Counter()
+        self._withdrawals: list[Withdrawn] = []
 
     def report(self) -> AuditReport:
         logs: dict[str, _Log] = {}
@@ -178,12 +198,16 @@ class _Audit:
                 logs[shore] = self._read(shore, self._parties[shore])
             else:
                 self._find(shore, -1, "unknown-shore", "no such shore in the root file")
+        if not logs:
+            self._find("bundle", -1, "no-ledger", "it holds no ledger of anybody in the root file")
         for log in logs.values():
             for index, crossing in enumerate(log.crossings):
                 self._on_step(log.shore, index + 1, len(log.crossings))
                 self._check_entry(log, index, crossing)
+        self._withdrawals = withdrawals(self._bundle, self._headers())
         for log in logs.values():
             self._repeats(log)
+            self._check_withdrawals(log)
             self._check_histories(log)
             self._check_checkpoint(log)
         self._check_notes(logs)
@@ -205,7 +229,13 @@ class _Audit:
             for log in logs.values()
         ]
         others = [found for found in self._findings if found.shore not in names]
-        return AuditReport(self._root.version, shores, domains, others)
+        evidence = Evidence(
+            {log.shore: log.crossings for log in logs.values()},
+            self._headers(),
+            self._receipts,
+            self._payloads,
+        )
+        return AuditReport(self._root.version, shores, domains, others, evidence)
 
     def _find(self, shore: str, index: int, code: str, reason: str) -> None:
         self._findings.append(Finding(shore, index, code, reason))
@@ -458,6 +488,7 @@ class _Audit:
         seen_from = own or server
         if seen_from is not None:
             self._tally(report, seen_from, is_own=own is not None)
+            report.withdrawn = self._withdrawn(seen_from, member.domain, own, server)
         if own is not None and server is not None:
             self._reconcile(own, server)
             report.unacknowledged = [
@@ -477,7 +508,9 @@ class _Audit:
             report.not_proven.append(
                 f"the content of {missing} parcels: their payloads are not in the bundle"
             )
-        report.not_proven.extend([*LIMITS, self._collusion(member.domain, own, server)])
+        report.not_proven.extend(self._not_isolated(member.domain))
+        report.not_proven.extend((*LIMITS, *([NOT_MERGED] if self._withdrawals else [])))
+        report.not_proven.append(self._collusion(member.domain, own, server))
         return report
 
     def _collusion(self, domain: str, own: _Log | None, server: _Log | None) -> str:
@@ -495,6 +528,15 @@ class _Audit:
             f"before them, that {', '.join(sorted(self._witnesses))} did not help them"
         )
 
+    def _not_isolated(self, domain: str) -> Iterator[str]:
+        """What its headers say of the trainer: with 1, that it had no network and no keys."""
+        headers = [parcel.header for parcel in self._parcels.values()]
+        vectors = [header for header in headers if header.kind is Kind.TASK_VECTOR]
+        said = Counter(header.training.get("isolated") for header in vectors if header.sender == domain)
+        for word, what in ((0, "it had"), (None, "their headers do not say")):
+            if said[word]:
+                yield f"that the trainer of {said[word]} task vectors had no network and no keys: {what}"
+
     def _tally(self, report: DomainReport, log: _Log, *, is_own: bool) -> None:
         for crossing in log.crossings:
             if not is_own and crossing.peer != report.domain:
@@ -511,6 +553,49 @@ class _Audit:
                 report.privacy.append(
                     {"run": header.run, "kind": header.kind.value, **header.privacy.model_dump()}
                 )
+
+    def _headers(self) -> dict[str, Header]:
+        return {digest: parcel.header for digest, parcel in self._parcels.items()}
+
+    def _check_withdrawals(self, log: _Log) -> None:
+        """The server must accept no vector after it told of its revocation."""
+        if log.shore == SERVER:
+            for index in accepted_after(log.crossings, self._headers(), self._withdrawals):
+                self._find(log.shore, index, "withdrawn", "a vector was accepted after it was withdrawn")
+
+    def _withdrawn(
+        self, log: _Log, domain: str, own: _Log | None, server: _Log | None
+    ) -> list[dict[str, int | str]]:
+        """The domain's vectors that were withdrawn, or that it asked to be: run, entry of the vector, the
+        server's revocation (empty: none is in the ledgers), whether the domain was told, whether it asked."""
+        heard = {crossing.digest for _, crossing in own.at("parcel", "in", SERVER)} if own else set()
+        if server:
+            receipts = (
+                self._receipts.get(crossing.digest) for _, crossing in server.at("receipt", "in", domain)
+            )
+            heard |= {receipt.parcel_digest for receipt in receipts if receipt is not None}
+        vectors = [
+            (index, crossing)
+            for index, crossing in enumerate(log.crossings)
+            if crossing.type == "parcel" and domain in (log.shore, crossing.peer)
+        ]
+        found: list[dict[str, int | str]] = []
+        for index, crossing in vectors:
+            about = [known for known in self._withdrawals if known.said.vector == crossing.digest]
+            revoked = [known.parcel for known in about if known.sender == SERVER]
+            if about:
+                found.append(
+                    {
+                        "run": about[0].run,
+                        "shore": log.shore,
+                        "index": index,
+                        "vector": crossing.digest,
+                        "revocation": revoked[0] if revoked else "",
+                        "told": any(parcel in heard for parcel in revoked),
+                        "asked": any(known.sender == domain for known in about),
+                    }
+                )
+        return found
 
     def _repeats(self, log: _Log) -> None:
         """What is logged once must be there once (control messages may repeat)."""

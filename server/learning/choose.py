@@ -90,16 +90,28 @@ class Judge:
                 next_step="set learning.holdout above 0, and give every domain two items or more",
             )
 
+    @property
+    def probes(self) -> dict[str, int]:
+        """How many pseudo-users there are in each domain."""
+        return {domain: len(sheet.users) for domain, sheet in self._sheets.items()}
+
     def score(self, vector: TaskVector) -> dict[str, float]:
         """NDCG@10 in each domain, between 0 and 1, of the base plus this merged vector."""
+        return self.grade(self.rank(vector))
+
+    def rank(self, vector: TaskVector) -> dict[str, Tensor]:
+        """What the base plus this merged vector gives the items in each domain: [B, C], -inf where seen."""
         params = with_vector(self._inputs.base, vector)
-        scores: dict[str, float] = {}
+        found: dict[str, Tensor] = {}
         for domain, sheet in self._sheets.items():
             items_CE = encode(self._inputs.encoder, sheet.items, params)
             users_BE = encode(self._inputs.encoder, sheet.users, params)
-            s_BC = _masked(users_BE @ items_CE.T, sheet.seen_BC)
-            scores[domain] = float(agreement(s_BC, sheet.gain_BC).double().mean())
-        return scores
+            found[domain] = _masked(users_BE @ items_CE.T, sheet.seen_BC)
+        return found
+
+    def grade(self, ranked: Mapping[str, Tensor]) -> dict[str, float]:
+        """NDCG@10 in each domain of what `rank` gave."""
+        return {domain: mean(agreement(s, self._sheets[domain].gain_BC)) for domain, s in ranked.items()}
 
     def _sheet(
         self,
@@ -145,6 +157,11 @@ def agreement(s_BC: Tensor, gain_BC: Tensor) -> Tensor:
     discount_K = _discounts(top, s_BC.device)
     found_B = (gain_BC.gather(1, s_BC.topk(top, dim=1).indices) * discount_K).sum(1)
     return found_B / (gain_BC.topk(top, dim=1).values * discount_K).sum(1)
+
+
+def mean(values_B: Tensor) -> float:
+    """Their mean as a plain number."""
+    return float(values_B.double().mean())
 
 
 def _discounts(count: int, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from common.pages import DASH, Html, digest, finite, join, number, size, table, tag
+from server.reporting.charts import Points, bars, chart, legend, smooth
 from server.reporting.data import (
     Json,
     domain_names,
@@ -17,22 +19,6 @@ from server.reporting.data import (
     metrics,
     part,
     row_order,
-)
-from server.reporting.markup import (
-    DASH,
-    Html,
-    Points,
-    bars,
-    chart,
-    digest,
-    finite,
-    join,
-    legend,
-    number,
-    size,
-    smooth,
-    table,
-    tag,
 )
 
 NOTES = {
@@ -85,7 +71,7 @@ def _metric_table(summary: Json, metric: str) -> Html:
         body.append(tag("tr", *cells, class_="own" if row == "universal" else ""))
     head = [tag("th", ""), *(_column_head(summary, name) for name in columns[:-1])]
     head.append(tag("th", "mean", class_="mean"))
-    return table(head, body, "wide")
+    return table(head, body, "wide", label=metric_name(metric))
 
 
 def _column_head(summary: Json, name: str) -> Html:
@@ -161,7 +147,7 @@ def _heat(final: Mapping[str, Json], names: Sequence[str]) -> Html:
             heat = f"--heat:{60 * (value - low) / span:.0f}%" if finite(value) else ""
             cells.append(tag("td", number(value, 3), style=heat))
         rows.append(tag("tr", tag("td", "all layers" if group == "all" else group.replace("-", " ")), *cells))
-    return table([tag("th", name) for name in ["", *names]], rows, "heat")
+    return table([tag("th", name) for name in ["", *names]], rows, "heat", label="Final coefficients")
 
 
 def training(summary: Json, events: Sequence[Json]) -> Html:
@@ -206,7 +192,7 @@ def crossings(summary: Json) -> Html:
         "From the server's ledger: everything that went through the exchange, receipts left out. The signed "
         "ledgers of both shores are the evidence; this table is a reading of one of them."
     )
-    return join(tag("p", note, class_="soft"), table(head, body))
+    return join(tag("p", note, class_="soft"), table(head, body, label="What crossed, by domain and kind"))
 
 
 def domains(summary: Json) -> Html:
@@ -219,6 +205,8 @@ def domains(summary: Json) -> Html:
         state = tag("span", "delivered", class_="kept")
         if not facts.get("delivered"):
             state = tag("span", f"lost: {facts.get('lost') or 'no reason recorded'}", class_="lost")
+        elif facts.get("withdrawn"):
+            state = tag("span", f"vector withdrawn: run {facts['withdrawn']}", class_="lost")
         allowed = ", ".join(f"{key} {value}" for key, value in part(vector, "training").items())
         cells = [
             name,
@@ -231,7 +219,52 @@ def domains(summary: Json) -> Html:
         ]
         body.append(tag("tr", *(tag("td", cell) for cell in cells)))
     head = ["domain", "pseudonym", "state", "items", "vector", "vector digest", "training facts allowed"]
-    return table([tag("th", title) for title in head], body, "wide text")
+    return table([tag("th", title) for title in head], body, "wide text", label="Who took part")
+
+
+def vectors(summary: Json) -> Html:
+    """Norm and direction of each domain's vector beside the others'; empty where nobody looked."""
+    found = part(summary, "vectors", "vectors")
+    if not found:
+        return Html("")
+    names = sorted(found)
+    body = []
+    for name in names:
+        facts = part(found, name)
+        codes = facts.get("stands_out") or []
+        cells = [
+            name,
+            number(facts.get("norm"), 3),
+            number(facts.get("norm_score"), 1),
+            number(facts.get("cosine_to_others"), 3),
+            number(facts.get("cosine_score"), 1),
+            tag("span", ", ".join(codes), class_="lost") if codes else DASH,
+            *(number(part(summary, "vectors", "cosines", name).get(other), 3) for other in names),
+        ]
+        body.append(tag("tr", *(tag("td", cell) for cell in cells)))
+    head = ["domain", "norm", "score", "cosine to the others", "score", "stands out", *names]
+    note = str(part(summary, "vectors").get("note", ""))
+    grid = table([tag("th", title) for title in head], body, "wide")
+    return join(tag("p", note, class_="soft"), grid)
+
+
+def leave_one_out(summary: Json) -> Html:
+    """How the merged model changes without each vector, on pseudo-users of the public catalogs."""
+    found = part(summary, "leave_one_out")
+    without = part(found, "without")
+    if not without:
+        return Html("")
+    catalogs = sorted(part(found, "probes"))
+    body = []
+    for name in sorted(without):
+        cells = [tag("td", name)]
+        for catalog in catalogs:
+            changed = part(without, name, "change").get(catalog)
+            small = tag("small", f"same best 10: {number(part(without, name, 'agreement').get(catalog), 3)}")
+            cells.append(tag("td", f"{changed:+.4f}" if finite(changed) else DASH, small))
+        body.append(tag("tr", *cells))
+    head = [tag("th", title) for title in ["without the vector of", *(f"catalog of {c}" for c in catalogs)]]
+    return join(tag("p", str(found.get("note", "")), class_="soft"), table(head, body, "wide"))
 
 
 def costs(summary: Json) -> Html:
@@ -246,20 +279,20 @@ def costs(summary: Json) -> Html:
     if processes:
         memory = [size(part(processes, name).get("peak_memory_bytes")) for name in sorted(processes)]
         busy = [number(part(processes, name).get("cpu_s"), 1) for name in sorted(processes)]
-        grid = _grid(
-            ["process", "peak memory", "processor s"], zip(sorted(processes), memory, busy, strict=True)
-        )
-        blocks.append(tag("div", tag("h3", "Memory and processor time a process"), grid))
+        used = zip(sorted(processes), memory, busy, strict=True)
+        head = ["process", "peak memory", "processor s"]
+        blocks.append(_grid("Memory and processor time a process", head, used))
     if spent:
         steps = sorted({step for name in spent for step in part(spent, name)})
         rows = ([name, *(number(part(spent, name).get(s), 1) for s in steps)] for name in sorted(spent))
-        blocks.append(tag("div", tag("h3", "Seconds a domain"), _grid(["domain", *steps], rows)))
+        blocks.append(_grid("Seconds a domain", ["domain", *steps], rows))
     return tag("div", *blocks, class_="charts costs") if blocks else tag("p", "Not recorded.")
 
 
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+def _grid(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     body = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
-    return table([tag("th", title) for title in head], body, "wide")
+    heads = [tag("th", name) for name in head]
+    return tag("div", tag("h3", title), table(heads, body, "wide", label=title))
 
 
 def limits(summary: Json) -> Html:

@@ -240,7 +240,7 @@ class Federation:
 
     def status(self, name: str) -> dict[str, Any]:
         """What an owner's processes are doing."""
-        return read_json(self.home(name) / "status.json")
+        return read_json(self.home(name) / "work" / "status.json")
 
     def server_status(self, run: str) -> dict[str, Any]:
         """What the ServerApp is doing."""

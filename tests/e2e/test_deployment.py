@@ -10,7 +10,10 @@ from checks import check_ledgers, check_model, check_no_secret, check_summary, i
 from shores import RUN_S, Federation, read_json, run_config, write_toml
 
 from clients.data.domain import Domain
+from clients.training import isolation
+from common.ledger import AppendOnlyLog
 from common.models.base import model_digest
+from common.parcels import Header, Kind
 
 DOMAINS = ("garden", "kitchen")
 ROWS = ("zero-shot", "fine-tuned", "task-arithmetic", "mergerec-layer", "universal")
@@ -34,6 +37,7 @@ def test_a_federation_from_init_to_recommendations(federation: Federation) -> No
     _check_server(federation, run)
     for name in DOMAINS:
         _check_client(federation, name, federation.summary(run))
+        _check_gate(federation, name)
     check_ledgers(federation, DOMAINS)
     _check_secrets(federation)
 
@@ -89,6 +93,22 @@ def _check_client(federation: Federation, name: str, summary: dict[str, Any]) ->
         assert scores == sorted(scores, reverse=True)
     assert "chosen" in federation.ok("client", "interpolate", "--home", home)
     federation.ok("client", "recommend", "--home", home, "--history", history, "--model", "personal")
+
+
+def _check_gate(federation: Federation, name: str) -> None:
+    """Flower's traffic went through the wire gate alone; the trainer was isolated where it can be."""
+    home = federation.home(name)
+    written = [(entry.body["call"], entry.body["verdict"]) for entry in AppendOnlyLog(home / "wire.jsonl")]
+    assert {verdict for _, verdict in written} == {"passed"}
+    assert [call for call, _ in written].count("push-messages") >= 3
+    (supernode,) = federation.alive("flower-supernode", under=home)
+    ports = {link.raddr.port for link in supernode.net_connections() if link.raddr}
+    assert ports
+    assert federation.port not in ports
+    headers = [Header.stored(path.read_bytes()) for path in (home / "outbox").glob("*.dsse")]
+    (vector,) = [header for header in headers if header.kind is Kind.TASK_VECTOR]
+    assert vector.training["isolated"] == int(isolation.possible())
+    assert "valid" in federation.ok("client", "policy", "explain", home)
 
 
 def _check_secrets(federation: Federation) -> None:

@@ -178,11 +178,14 @@ def _learns_since(status: dict[str, Any], label: str, before_s: float) -> bool:
 
 
 @pytest.mark.slow
-def test_kill_of_a_supernode(federation: Federation) -> None:
+@pytest.mark.parametrize("victim", ["flower-supernode", "clients.wire_gate"])
+def test_kill_of_what_speaks_to_the_server(federation: Federation, victim: str) -> None:
     bring_up(federation)
     run = federation.start_run(run_config(federation.base, training=LONG_TRAINING, merge=ONE_MERGE))
     until("garden to train", training_beyond(federation, "garden", 40))
-    kill(*federation.alive("flower-supernode", under=federation.home("garden")))
+    victims = federation.alive(victim, under=federation.home("garden"))
+    assert len(victims) == 1
+    kill(*victims)
     check_complete(federation, run)
     assert fit_result(federation.home("garden"))["resumed"] is False
     assert (federation.home("garden") / "logs" / "runner.log").read_text().count("is ready") == 1
@@ -242,6 +245,8 @@ def test_what_is_refused_in_words(federation: Federation) -> None:
     config = tomllib.loads((federation.home("garden") / "client.toml").read_text())
     with _taken(config["supernode_port"]):
         _check_refused(federation, "client", "up", "--home", federation.home("garden"), says="in use")
+    write_toml(federation.home("garden") / "client.toml", {**config, "wire_port": federation.port})
+    _check_refused(federation, "client", "up", "--home", federation.home("garden"), says="wire gate")
     again = ["client", "join", federation.kit("garden"), "--data", federation.folder / "data" / "garden"]
     again += ["--base", federation.base]
     home = federation.home("thief")

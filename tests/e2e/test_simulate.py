@@ -52,7 +52,7 @@ def test_simulate_is_resumed_after_a_kill_and_refused_when_finished(federation: 
 
 
 def _step(home: Path) -> int:
-    status = read_json(home / "status.json")
+    status = read_json(home / "work" / "status.json")
     return int(status["step"]) if status.get("phase") == "train" else 0
 
 

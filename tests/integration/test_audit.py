@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from common.audit.bundle import Bundle
 from common.audit.cli import app
-from common.audit.verify import AuditReport, verify
+from common.audit.verify import AuditReport, _Audit, _Parcel, verify
 from common.errors import RefusedError
 from common.files import sha256_bytes
 from common.ledger import Crossing, Ledger
 from common.notes import Signer
-from common.parcels import SERVER, Codec, Kind, Privacy, seal_parcel
+from common.parcels import EVERYONE, SERVER, Codec, Kind, Privacy, seal_parcel
+from common.revocation import Revocation
 from common.roots import Party, Root, RootMember, SignedRoot, log_origin
 from common.signing import SigningKey
 
@@ -173,6 +174,19 @@ def test_an_honest_bundle_is_clean(world: World, bundle: Bundle) -> None:
     assert toys.signer == world.toys.key.public.key_id
     assert [item["digest"] for item in toys.unacknowledged] == [world.unsent.digest]
     assert any("no ledger" in limit for limit in toys.not_proven)
+    assert any("trainer of 3 task vectors" in limit for limit in toys.not_proven)
+
+
+def test_what_a_trainer_could_reach_is_said(world: World, bundle: Bundle, tmp_path: Path) -> None:
+    audit = _Audit(bundle, world.root(), lambda *_: None)
+    for number, word in enumerate((1, 0, 0, None)):
+        facts = {} if word is None else {"isolated": word}
+        header = world.toys.draft(make_vector(tmp_path / "v", number), training=facts)
+        audit._parcels[str(number)] = _Parcel(header, 1, world.root().server)
+    first, second = audit._not_isolated("toys")
+    assert "2 task vectors" in first and first.endswith("it had")
+    assert "1 task vectors" in second and second.endswith("do not say")
+    assert list(audit._not_isolated("beauty")) == []
 
 
 def test_one_shore_alone_is_verified_and_says_what_is_missing(world: World, bundle: Bundle) -> None:
@@ -376,6 +390,35 @@ def test_what_came_after_a_revocation_shows(world: World, bundle: Bundle) -> Non
     assert verify(bundle, revoked_at(last + 1)).clean
     report = verify(bundle, revoked_at(last))
     assert [(found.code, found.index) for found in report.all_findings] == [("revoked", last)]
+
+
+def test_a_withdrawal_shows_and_so_does_the_vector_when_it_is_accepted_again(tmp_path: Path) -> None:
+    world = World(tmp_path / "world")
+    shore, toys = world.shore, world.toys
+    vector = toys.vector()
+    payload = tmp_path / "revocation.json"
+    payload.write_bytes(Revocation(vector.digest, vector.header.payload_digest).encode())
+    said = {"sender": SERVER, "recipient": EVERYONE, "training": {}}
+    header = toys.draft(payload, Kind.REVOCATION).model_copy(update=said)
+    revocation = seal_parcel(header, payload, shore.key)
+    shore.store.publish(revocation)
+    with shore.serve() as serving:
+        client = toys.client(f"127.0.0.1:{serving.port}")
+        client.fetch(revocation.digest, toys.home / "got")
+        report = verify(world.bundle(tmp_path / "once"), world.root())
+        assert report.clean
+        withdrawn = {domain.domain: domain.withdrawn for domain in report.domains}
+        assert withdrawn["beauty"] == []
+        assert [(entry["run"], entry["told"]) for entry in withdrawn["toys"]] == [(RUN, True)]
+
+        bundle = Bundle(tmp_path / "once")
+        (bundle.path / "payloads" / revocation.header.payload_digest).unlink()
+        assert all(not domain.withdrawn for domain in verify(bundle, world.root()).domains)
+
+        again = toys.gate.release(toys.draft(vector.payload, round=1), vector.payload)
+        receipt = client.send(again)  # a server that forgot what was withdrawn
+    report = verify(world.bundle(tmp_path / "twice"), world.root())
+    assert [(f.shore, f.index, f.code) for f in report.all_findings] == [(SERVER, receipt.index, "withdrawn")]
 
 
 def test_strangers_in_a_bundle_show(world: World, bundle: Bundle) -> None:

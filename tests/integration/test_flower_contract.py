@@ -166,7 +166,7 @@ def test_flowers_programs_know_our_options(tmp_path: Path) -> None:
     for parser, spec in (
         (_parse_args_run_superlink(), superlink_spec(server)),
         (superexec_arguments(), superexec_spec(server)),
-        (_parse_args_run_supernode(), specs(owner)[0]),  # type: ignore[arg-type]
+        (_parse_args_run_supernode(), specs(owner, 6)[1]),  # type: ignore[arg-type]
     ):
         assert Path(spec.argv[1]).exists()
         found, unknown = parser.parse_known_args(list(spec.argv[2:]))

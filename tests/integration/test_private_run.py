@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from localgrid import LocalFederation, pico_run_config
 
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from clients.privacy import PrivacyLimits, spent
 from common.config import RunConfig
 from common.parcels import Header, Kind
@@ -51,6 +51,6 @@ def test_the_headers_say_what_was_spent_and_a_plain_run_is_refused(
         plain = federation.run(quorum=1)
         grid = federation.grid()
         execute(grid, federation.server(), plain)
-        assert {reply["code"] for domain, _, reply in grid.replies if domain == "toys"} == {"gate"}
+        assert {reply["code"] for domain, _, reply in grid.replies if domain == "toys"} == {"policy"}
         assert {sender for sender, _, _ in federation.delivered(plain)} == {"books"}
         assert spent(federation.owner("books").journal).unprotected == 1

@@ -1,6 +1,5 @@
 """Whole runs over an in-process grid: real homes, orders, gates, ledgers; an Exchange over gRPC and TLS."""
 
-import importlib
 import json
 import re
 import time
@@ -14,14 +13,23 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from localgrid import KilledError, LocalFederation, LocalGrid, call_owner, pico_run_config, unreachable
+from localgrid import (
+    KilledError,
+    LocalFederation,
+    LocalGrid,
+    call_owner,
+    dying,
+    pico_run_config,
+    resolve,
+    unreachable,
+)
 
 from clients.actions import Actions
 from clients.data.domain import Domain
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from clients.runner import finish_left_behind
 from clients.serving import current
-from common.errors import FederationError, IsthmusError
+from common.errors import FederationError, GateError, IsthmusError
 from common.ledger import Ledger
 from common.models.base import model_digest
 from common.orders import CONTRIBUTE, Order
@@ -123,30 +131,6 @@ def test_both_shores_tell_the_same_story(federation: LocalFederation, smooth: Ru
         theirs = Counter({(turn[way], *rest): n for (way, *rest), n in rows(server, domain).items()})
         assert ours == theirs
         assert sum(ours.values()) >= 2 * 6  # 4 + 2 parcels and a receipt for each
-
-
-def dying(target: Callable[..., Any], *, after: bool = False, call: int = 1) -> Callable[..., Any]:
-    """`target`, but its `call`-th call (and no later one) raises KilledError before or after the work."""
-    calls = []
-
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) != call:
-            return target(*arguments, **options)
-        if after:
-            target(*arguments, **options)
-        raise KilledError
-
-    return wrapped
-
-
-def resolve(name: str) -> Any:
-    """The object that `monkeypatch.setattr(name, ...)` would replace."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError:
-        return getattr(resolve(module), attribute)
 
 
 SERVER_DEATHS: list[tuple[str, dict[str, Any]]] = [  # in the order of a run
@@ -374,6 +358,43 @@ def test_another_base_model_is_refused_by_its_code(
     with pytest.raises(FederationError, match="base-mismatch"):
         execute(federation.grid(), federation.server(), run)
     assert federation.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "stricter"),
+    [
+        ("deny_tensors = []", 'deny_tensors = ["*.bias"]'),
+        ("require_isolation = false", "require_isolation = true"),
+    ],
+)
+def test_what_the_owners_policy_forbids_is_refused_before_any_work(
+    federation: LocalFederation, monkeypatch: pytest.MonkeyPatch, setting: str, stricter: str
+) -> None:
+    run, policy = federation.run(), federation.path("toys") / "policy.toml"
+    monkeypatch.setattr("clients.training.isolation.possible", lambda: False)
+    before = policy.read_text()
+    assert setting in before
+    policy.write_text(before.replace(setting, stricter))
+    try:
+        with pytest.raises(FederationError, match=r"toys: policy"):
+            execute(federation.grid(), federation.server(), run)
+    finally:
+        policy.write_text(before)
+    assert ("toys", "fit") not in federation.jobs
+    assert not [sent for sent in federation.delivered(run) if sent[0] == "toys"]
+
+
+def test_a_trainers_result_must_be_in_its_folder(federation: LocalFederation) -> None:
+    actions, home = Actions(federation.owner("toys")), federation.path("toys")
+    assert actions._in_work(str(home / "work" / "r" / "vector")) == home.resolve() / "work" / "r" / "vector"
+    link = home / "work" / "link"
+    link.symlink_to(home / "keys")
+    try:
+        for outside in (home / "keys", home / "work" / ".." / "keys", link / "identity.key", home.parent):
+            with pytest.raises(GateError, match="outside"):
+                actions._in_work(str(outside))
+    finally:
+        link.unlink()
 
 
 def order_to(domain: str, federation: LocalFederation, **changes: Any) -> Order:

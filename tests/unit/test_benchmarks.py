@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data_channel, learned_step, learned_task, ledger, merge_command, model_folders
+from benchmarks import (
+    data_channel,
+    learned_step,
+    learned_task,
+    ledger,
+    merge_command,
+    model_folders,
+    outliers,
+)
 from benchmarks.measure import line, medians, take_turns
 
 
@@ -108,3 +116,12 @@ def test_ledger(tmp_path: Path) -> None:
     assert record["entries"] == 40
     assert set(record["proof_us"]) == {"make", "verify", "grown"}
     assert all(value > 0 for value in record["proof_us"].values())
+
+
+def test_outliers(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    outliers.main(["--out", str(out)])
+    rows = {row["changed"]: row for row in json.loads(out.read_text())["rows"]}
+    assert (rows["as it is"]["hits"], rows["as it is"]["false_alarms"]) == (0, 0)
+    assert rows["flipped"]["hits"] == rows["x 10"]["hits"] == rows["x 10"]["of"] == 5
+    assert all(row["false_alarms"] == 0 for row in rows.values())

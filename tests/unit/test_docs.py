@@ -21,6 +21,7 @@ import pytest
 from clients.data.readers import ReadOptions, read
 from clients.data.records import Issues
 from clients.home import ClientConfig
+from clients.policy import EgressPolicy
 from common.cli import cli
 from common.config import RunConfig, validate
 from server.engine.recipe import make_recipe
@@ -40,7 +41,13 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
-MODELS = {"simulation": SimulationConfig, "run": RunConfig, "client": ClientConfig, "server": ServerConfig}
+MODELS = {
+    "simulation": SimulationConfig,
+    "run": RunConfig,
+    "client": ClientConfig,
+    "policy": EgressPolicy,
+    "server": ServerConfig,
+}
 
 
 class Block(NamedTuple):

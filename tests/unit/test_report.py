@@ -4,178 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markup import Page
+from summaries import DOMAINS, LABELS, LOST, MARKED, make_events, make_summary
 
 from common.errors import DataError
+from common.pages import DASH, tag
 from server.report import SYNTHETIC, write_report
+from server.reporting.charts import chart, smooth
 from server.reporting.data import groups, row_order
-from server.reporting.markup import DASH, chart, smooth, tag
 from server.results import save, tables
-
-DOMAINS = ("kitchen", "music", "toys")
-LOST = "garden"
-GROUPS = [*(f"layer-{n}" for n in range(12)), "rest"]
-LABELS = ["weight-averaging", "ties", "adamerging-domain", "mergerec-layer"]
-VOID = {"meta", "br"}
-
-
-def levels(ndcg: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]:
-    """Row -> domain -> metrics, each domain a little harder than the last."""
-    return {
-        row: {
-            name: {"ndcg@10": value / (i + 1), "recall@10": 1.8 * value / (i + 1)}
-            for i, name in enumerate(DOMAINS)
-        }
-        for row, value in ndcg.items()
-    }
-
-
-def make_summary() -> dict[str, Any]:
-    results = levels(
-        {
-            "zero-shot": 0.051,
-            "fine-tuned": 0.104,
-            "weight-averaging": 0.082,
-            "ties": 0.085,
-            "adamerging-domain": 0.0871,
-            "mergerec-layer": 0.0987,
-            "universal": 0.0986,
-            "joint": 0.109,
-        }
-    )
-    vector = {
-        "parcel": "ab" * 32,
-        "payload_digest": "cd" * 32,
-        "bytes": 21_385_112,
-        "training": {"steps": 300},
-    }
-    domains = {
-        name: {
-            "pseudonym": f"owner-{i}",
-            "delivered": True,
-            "lost": "",
-            "catalog_items": 4000,
-            "vector": vector,
-        }
-        for i, name in enumerate(DOMAINS)
-    }
-    domains[LOST] = {
-        "pseudonym": "owner-9",
-        "delivered": False,
-        "lost": "deadline",
-        "catalog_items": 0,
-        "vector": None,
-    }
-    crossed = {
-        "in": {"task-vector": {"count": 1, "bytes": 21_385_112}, "catalog": {"count": 1, "bytes": 812_332}},
-        "out": {
-            "candidate": {"count": 7, "bytes": 149_000_000},
-            "universal-model": {"count": 1, "bytes": 21_300_000},
-        },
-    }
-    final = {g: {d: 0.2 + 0.01 * i * j for j, d in enumerate(DOMAINS)} for i, g in enumerate(GROUPS)}
-    merges: dict[str, Any] = {
-        label: {"method": label.split("-")[0], "coefficients": {}, "seconds": 3.2, "trajectory": ""}
-        for label in LABELS
-    }
-    merges["weight-averaging"]["method"] = "weight-averaging"
-    merges["adamerging-domain"]["coefficients"] = {"all": dict.fromkeys(DOMAINS, 0.31)}
-    merges["mergerec-layer"]["coefficients"] = final
-    entries: list[dict[str, Any]] = [{"method": "weight-averaging"}, {"method": "ties"}]
-    entries += [{"method": "adamerging", "options": {"granularity": "domain"}}]
-    entries += [{"method": "mergerec", "options": {"granularity": "layer"}}]
-    return {
-        "schema": 1,
-        "run": {
-            "id": "r-7f3a",
-            "name": "three-shops",
-            "seed": 0,
-            "created_s": 1.7e9,
-            "finished_s": 1.7e9 + 900,
-        },
-        "synthetic": True,
-        "config": {
-            "run": {"name": "three-shops", "quorum": 3},
-            "merge": entries,
-            "publish": "mergerec-layer",
-        },
-        "base": {"model": "embedded", "digest": "ef" * 32},
-        "domains": domains,
-        **tables(results),
-        "merges": merges,
-        "published": {
-            "label": "mergerec-layer",
-            "model_digest": "12" * 32,
-            "folder": "model",
-            "parcel": "34" * 32,
-        },
-        "crossings": dict.fromkeys(DOMAINS, crossed),
-        "seconds": {"contribute": 412.3, "merge": 301.2, "evaluate": 61.7, "install": 20.4, "total": 801.0},
-        "processes": {"server": {"peak_memory_bytes": 1_912_000_000, "cpu_s": 512.3}},
-    }
-
-
-def make_events() -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    for step in range(301):
-        ease = 1 - math.exp(-step / 90)
-        loss = None if step == 0 else 1.2 - 0.5 * ease + 0.05 * math.sin(step)
-        table = {g: {d: 0.2 + 0.1 * ease * (j - 0.5) for j, d in enumerate(DOMAINS)} for g in GROUPS}
-        for merge, coefficients in (("mergerec-layer", table), ("adamerging-domain", {"all": table["rest"]})):
-            events.append(
-                {
-                    "type": "coefficients",
-                    "merge": merge,
-                    "step": step,
-                    "loss": loss,
-                    "coefficients": coefficients,
-                }
-            )
-    return events
-
-
-class Page(HTMLParser):
-    """Checks nesting; keeps text, attributes and tables (rows of cell texts)."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.source, self.text = source, ""
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.bold: list[str] = []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((name, dict(attrs)))
-        if name not in VOID:
-            self.open.append(name)
-        if name == "tr":
-            self.rows.append([])
-        if name in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, name: str) -> None:
-        assert self.open.pop() == name
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-        if self.open[-1:] == ["b"] and "td" in self.open:
-            self.bold.append(data)
-
-    def labelled(self, start: str) -> list[list[str]]:
-        return [row for row in self.rows if row and row[0].startswith(start)]
 
 
 def page(folder: Path, summary: dict[str, Any], events: list[dict[str, Any]] | None = None) -> Page:
@@ -214,15 +55,22 @@ def test_report_shows_every_row_domain_and_digest(tmp_path: Path) -> None:
     assert sum(name == "polyline" for name, _ in found.tags) == 2 * (len(DOMAINS) + 1)
 
 
+def test_vectors_that_stand_out_and_merges_without_them(tmp_path: Path) -> None:
+    summary = make_summary()
+    summary["domains"]["toys"]["withdrawn"] = "three-shops-withdrawal-9"
+    found = page(tmp_path, summary)
+    assert found.labelled("toys")[-2:] == [
+        ["toys", "1.500", "4.2", "0.310", DASH, MARKED, "0.125", "0.125", "1.000"],
+        ["toys", "+0.0312same best 10: 0.871", f"-0.0020same best 10: {DASH}", f"{DASH}same best 10: {DASH}"],
+    ]
+    assert "a mark is a reason to look" in found.text and "told from the public catalogs" in found.text
+    assert "vector withdrawn: run three-shops-withdrawal-9" in found.text
+    del summary["vectors"], summary["leave_one_out"]
+    assert "stands out" not in page(tmp_path, summary).text
+
+
 def test_report_loads_nothing(tmp_path: Path) -> None:
-    found = page(tmp_path, make_summary())
-    assert "http://" not in found.source and "https://" not in found.source
-    assert "url(" not in found.source and "@import" not in found.source
-    assert {name for name, _ in found.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
-    anchors = {attrs.get("id") for _, attrs in found.tags}
-    for _, attrs in found.tags:
-        assert "src" not in attrs and not any(key.startswith("on") for key in attrs)
-        assert "href" not in attrs or (attrs["href"] or "").removeprefix("#") in anchors
+    assert page(tmp_path, make_summary()).loads_nothing()
 
 
 def hostile(tree: Any) -> Any:

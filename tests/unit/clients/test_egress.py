@@ -1,5 +1,6 @@
 """The egress gate fails closed."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 from crossing import BASE, RUN, TENSORS, Owner, Shore, make_catalog, make_metrics, make_vector
 from safetensors.numpy import save_file
 
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from common.config import validate
-from common.errors import ConfigError, GateError
+from common.errors import ConfigError, GateError, VectorError
+from common.files import sha256_bytes, sha256_file
 from common.parcels import Codec, Header, Kind
+from common.revocation import Revocation
+from common.tensorfile import read_index, rewrite, tensor_facts
 
 
 @pytest.fixture
@@ -68,7 +72,103 @@ def test_tensor_rules(toys: Owner, tmp_path: Path) -> None:
     assert "may be trained" in _refused(toys, make_vector(tmp_path / "x", tensors={**TENSORS, "x": (2,)}))
     assert "missing" in _refused(toys, make_vector(tmp_path / "y", tensors={"layer.bias": (4,)}))
     assert "shape" in _refused(toys, make_vector(tmp_path / "z", tensors={**TENSORS, "layer.weight": (4, 8)}))
-    assert "dtype" in _refused(toys, make_vector(tmp_path / "v"), codec=Codec.BF16)
+
+
+def test_the_policys_own_tensor_rules(tmp_path: Path) -> None:
+    policy = EgressPolicy(deny_tensors=("layer.* 8x4",))
+    toys = Owner(tmp_path / "toys", Shore(tmp_path / "server"), policy=policy)
+    assert "layer.weight [8, 4] may not leave" in _refused(toys, make_vector(tmp_path / "v"))
+
+
+def _bits(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor as unsigned numbers."""
+    data, types = path.read_bytes(), {"F32": "<u4", "BF16": "<u2"}
+    return {
+        entry.name: np.frombuffer(data[entry.start : entry.start + entry.size_bytes], types[entry.dtype])
+        for entry in read_index(path)
+    }
+
+
+def test_what_is_below_the_declared_codec_does_not_leave(toys: Owner, tmp_path: Path) -> None:
+    plain = {name: values & 0xFFFF0000 for name, values in _bits(make_vector(tmp_path / "v")).items()}
+    message = {name: values | 0x1234 for name, values in plain.items()}  # less than half of the last place
+    sent = []
+    for number, hidden in enumerate((plain, message)):
+        path = tmp_path / f"hidden-{number}"
+        save_file({name: v.view("<f4").reshape(TENSORS[name]) for name, v in hidden.items()}, path)
+        header = toys.draft(path, codec=Codec.BF16, round=number)
+        assert {fact.dtype for fact in header.tensors} == {"F32"}
+        sent.append(toys.gate.release(header, path))
+    first, second = (parcel.payload.read_bytes() for parcel in sent)
+    assert first == second
+    assert {n: v.tolist() for n, v in _bits(sent[1].payload).items()} == {
+        name: (values >> 16).tolist() for name, values in plain.items()
+    }
+    for parcel in sent:
+        header = Header.open(parcel.envelope, toys.key.public)
+        assert header.payload_digest == sha256_bytes(first)
+        assert header.payload_bytes == len(first)
+        assert [fact.model_dump(mode="json") for fact in header.tensors] == tensor_facts(parcel.payload)
+    assert toys.ledger[1].body["size_bytes"] == len(sent[1].envelope) + len(first)
+
+
+def test_a_vector_leaves_in_one_form_however_it_was_written(toys: Owner, tmp_path: Path) -> None:
+    path = make_vector(tmp_path / "v")
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    names = sorted(header, reverse=True)
+    parts, shuffled, end = [], {}, 0
+    for name in names:  # other order of tensors, of fields, and other padding: all of it legal
+        start, stop = header[name]["data_offsets"]
+        parts.append(data[8 + size + start : 8 + size + stop])
+        shuffled[name] = {
+            "data_offsets": [end, end + stop - start],
+            "shape": header[name]["shape"],
+            "dtype": "F32",
+        }
+        end += stop - start
+    text = json.dumps(shuffled, separators=(",", ":")).encode() + b" " * 21
+    (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+    sent = toys.gate.release(toys.draft(tmp_path / "w"), tmp_path / "w")
+    assert sent.payload.read_bytes() == data != (tmp_path / "w").read_bytes()
+    assert toys.gate.release(toys.draft(path, round=1), path).payload.read_bytes() == data
+
+
+def test_nothing_beside_the_tensors_and_no_sign_of_zero(toys: Owner, tmp_path: Path) -> None:
+    good = {name: np.full(shape, 0.5, np.float32) for name, shape in TENSORS.items()}
+    save_file(good, tmp_path / "m", metadata={"note": "jane@example.com"})
+    with pytest.raises(VectorError, match="metadata"):
+        toys.draft(tmp_path / "m")
+    header = toys.draft(make_vector(tmp_path / "v")).model_copy(
+        update={
+            "payload_digest": sha256_file(tmp_path / "m"),
+            "payload_bytes": (tmp_path / "m").stat().st_size,
+        }
+    )
+    with pytest.raises(GateError, match="metadata"):
+        toys.gate.release(header, tmp_path / "m")
+    good["layer.bias"] = np.array([0.0, -0.0, 0.25, -1e-45], np.float32)
+    save_file(good, tmp_path / "z")
+    for number, codec in enumerate((Codec.FP32, Codec.BF16)):
+        parcel = toys.gate.release(toys.draft(tmp_path / "z", codec=codec, round=number), tmp_path / "z")
+        bits = _bits(parcel.payload)["layer.bias"].tolist()
+        assert bits[:2] == [0, 0]
+        assert bits[3] == (0x80000001 if codec is Codec.FP32 else 0)
+    assert [path for path in (toys.home / "outbox").iterdir() if path.name.startswith(".")] == []
+
+
+def test_rounding_is_torchs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    ties = (bits & 0xFFFF0000) | 0x8000
+    values = np.concatenate([bits, ties]).view(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) < 3e38)]
+    save_file({"x": values}, tmp_path / "x")
+    rewrite(tmp_path / "x", tmp_path / "y", "BF16")
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    expected[expected == 0x8000] = 0
+    assert np.array_equal(_bits(tmp_path / "y")["x"], expected)
 
 
 def test_value_rules(toys: Owner, tmp_path: Path) -> None:
@@ -120,6 +220,19 @@ def test_card(toys: Owner, tmp_path: Path) -> None:
     assert "card field" in _refused(toys, make_metrics(tmp_path / "x", revenue=5), Kind.DOMAIN_CARD)
 
 
+def test_a_revocation_is_of_a_vector_that_passed_here(toys: Owner, tmp_path: Path) -> None:
+    vector, payload = toys.vector(), tmp_path / "revocation"
+    for wrong in (
+        Revocation("c" * 64, vector.header.payload_digest),
+        Revocation(vector.digest, vector.header.payload_digest, ("c" * 64,)),
+    ):
+        payload.write_bytes(wrong.encode())
+        assert "names a vector that passed here" in _refused(toys, payload, Kind.REVOCATION)
+    assert "nothing else" in _refused(toys, make_metrics(tmp_path / "m"), Kind.REVOCATION)
+    payload.write_bytes(Revocation(vector.digest, vector.header.payload_digest).encode())
+    toys.gate.release(toys.draft(payload, Kind.REVOCATION), payload)
+
+
 def test_budget(tmp_path: Path) -> None:
     shore = Shore(tmp_path / "server")
     toys = Owner(tmp_path / "toys", shore, policy=EgressPolicy(max_run_parcels=2))
@@ -140,4 +253,4 @@ def test_replies(toys: Owner) -> None:
 
 def test_policy_is_strict() -> None:
     with pytest.raises(ConfigError, match="min_user"):
-        validate({"min_user": 3}, EgressPolicy, where="client.toml")
+        validate({"min_user": 3}, EgressPolicy, where="policy.toml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from crossing import Owner, Shore, make_vector
 
-from clients.egress import EgressPolicy
+from clients.policy import EgressPolicy
 from clients.privacy import CLAIM, PrivacyLimits, Spent, spent, write_claim
 from common.config import RunConfig, load_toml
 from common.errors import ConfigError, GateError

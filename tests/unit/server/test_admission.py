@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from common.errors import RefusedError, StorageError, TransportError
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, seal_parcel
+from common.revocation import Revocation
 from common.signing import Sealed, SigningKey
 from server.intake import SignedRefusalError, Upload
 from server.store import OpenRun
@@ -103,6 +104,45 @@ def test_catalog_and_metrics(shore: Shore, toys: Owner, tmp_path: Path) -> None:
 def test_header_rules(shore: Shore, toys: Owner, tmp_path: Path, changes: dict, reason: str) -> None:
     parcel = toys.ungated(make_vector(tmp_path / "v"), **{"codec": Codec.FP32, **changes})
     assert refused_before_payload(shore, parcel, toys) == reason
+
+
+def test_a_withdrawn_vector_is_refused_in_whatever_parcel_and_even_under_way(
+    shore: Shore, toys: Owner, tmp_path: Path
+) -> None:
+    payload = make_vector(tmp_path / "v")
+    first, second = toys.ungated(payload), toys.ungated(payload)
+    begun = shore.intake.begin(first.envelope, toys.member.certificate_fingerprint)
+    assert isinstance(begun, Upload)
+    begun.write(payload.read_bytes())
+    shore.store.withdraw(first.header.payload_digest)
+    with pytest.raises(SignedRefusalError, match="never merged again") as caught:
+        begun.finish()
+    assert caught.value.reason == "withdrawn"
+    assert refused_before_payload(shore, second, toys) == "withdrawn"
+    deliver(shore, toys.vector(7), toys)  # another one is welcome
+
+
+def test_only_who_delivered_a_vector_takes_it_back_and_that_even_later(
+    shore: Shore, toys: Owner, tmp_path: Path
+) -> None:
+    vector, beauty = toys.vector(), Owner(tmp_path / "beauty", shore, domain="beauty")
+    deliver(shore, vector, toys)
+    shore.store.close_run(RUN)
+    payload = tmp_path / "revocation"
+    for data in (
+        Revocation(vector.digest, "c" * 64),
+        Revocation("c" * 64, vector.header.payload_digest),
+        Revocation(vector.digest, vector.header.payload_digest, ("c" * 64,)),
+    ):
+        payload.write_bytes(data.encode())
+        with pytest.raises(SignedRefusalError, match="not a vector that this domain delivered"):
+            deliver(shore, toys.ungated(payload, Kind.REVOCATION), toys)
+    payload.write_bytes(Revocation(vector.digest, vector.header.payload_digest).encode())
+    with pytest.raises(SignedRefusalError, match="not a vector that this domain delivered"):
+        deliver(shore, beauty.ungated(payload, Kind.REVOCATION), beauty)
+    assert not shore.store.is_withdrawn(vector.header.payload_digest)
+    deliver(shore, toys.ungated(payload, Kind.REVOCATION), toys)
+    assert shore.store.is_withdrawn(vector.header.payload_digest)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from server import fleet_proxy
-from server.fleet_proxy import FLEET_CALLS, build
+from common import fleet
+from common.fleet import FLEET_CALLS, build
 
 
 class SuperLink:
@@ -113,7 +113,7 @@ def test_a_query_is_not_passed_on() -> None:
 
 
 def test_a_big_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_proxy, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(fleet, "MAX_BODY_BYTES", 1000)
     superlink = SuperLink()
     assert ask(superlink, "POST", "/v1/fleet/push-object", content=b"x" * 1001).status_code == 413
     assert superlink.calls == []

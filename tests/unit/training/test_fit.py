@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from clients.training import isolation
 from clients.training.checkpoint import newest_checkpoint
 from clients.training.evaluate import evaluate
 from clients.training.fit import FitResult, check_frozen, fine_tune, fit_folder
@@ -211,7 +212,7 @@ def job(pico_domain: Any, pico_model: Path, pico_config: RunConfig, tmp_path: Pa
     config = changed(pico_config, max_steps=60, eval_every_steps=20, dropout=0.1)
     return Job(
         mode="fit", domain=str(tmp_path / "domain"), base=str(pico_model), work=str(tmp_path / "work"),
-        status=str(tmp_path / "status.json"), config=config, threads=1,
+        status=str(tmp_path / "work" / "status.json"), config=config, threads=1, home=str(tmp_path),
     )  # fmt: skip
 
 
@@ -235,13 +236,14 @@ def test_a_killed_process_goes_on_and_ends_the_same(
         run_job(job, on_start=kill_soon)
     result = run_job(job)
     assert result["resumed"]
+    assert result["isolated"] == isolation.possible()
     uninterrupted = fine_tune(pico_domain, pico_model, job.config, tmp_path / "reference")
     assert result["vector_sha256"] == uninterrupted.vector_sha256
     assert set(result["evaluations"]) == {"zero-shot", "fine-tuned"}
     assert result["peak_memory_bytes"] > 1e7
     for label in ("zero-shot", "fine-tuned"):
         assert (tmp_path / "work" / "per_user" / f"{label}.parquet").is_file()
-    status = json.loads((tmp_path / "status.json").read_text())
+    status = json.loads((tmp_path / "work" / "status.json").read_text())
     assert status["phase"].startswith("evaluate") and status["step"] == status["total"]
     log = (tmp_path / "work" / "trainer.log").read_text()
     assert "title" not in log and "u0" not in log

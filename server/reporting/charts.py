@@ -1,77 +1,17 @@
-"""The pieces that the report is made of: escaped markup, numbers, tables, bars and line charts.
-
-All markup goes through `tag`, which escapes every text and attribute that is not `Html` already.
-
-    >>> tag("td", "<b>", class_="x")
-    '<td class="x">&lt;b&gt;</td>'
-"""
+"""What only the run's report draws: bars and line charts."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Collection, Mapping, Sequence
+
+from common.pages import Html, number, tag
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 200, 46, 10, 24  # of a chart, in SVG units
 COLOURS = 10
-DASH = "\N{EN DASH}"
 MOST_POINTS = 120
 
 Points = list[tuple[float, float]]
-
-
-class Html(str):
-    """Text that is markup already."""
-
-    __slots__ = ()
-
-
-def tag(name: str, *children: object, **attributes: object) -> Html:
-    """An element. Empty attributes are left out; `class_` is `class`, `data_x` is `data-x`."""
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value not in ("", None)
-    )
-    return Html(f"<{name}{given}>" if name == "br" else f"<{name}{given}>{join(*children)}</{name}>")
-
-
-def join(*children: object) -> Html:
-    """The children one after the other, escaped unless they are markup."""
-    return Html("".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children))
-
-
-def table(head: Sequence[Html], rows: Iterable[Html], class_: str = "") -> Html:
-    """A table that scrolls sideways where it is too wide."""
-    whole = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), class_=class_)
-    return tag("div", whole, class_="scroll")
-
-
-def finite(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a number that can be shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: Any, digits: int) -> str:
-    """`value` with so many decimals, or a dash."""
-    return f"{value:,.{digits}f}" if finite(value) else DASH
-
-
-def size(value: Any) -> str:
-    """Bytes in decimal units, or a dash."""
-    if not finite(value):
-        return DASH
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
-def digest(value: object) -> Html:
-    """The first twelve digits; the whole digest appears on pointing at it."""
-    text = str(value or "")
-    return tag("code", text[:12] + "…" if len(text) > 12 else text or DASH, title=text)
 
 
 def bars(rows: Sequence[tuple[str, float, bool]], digits: int) -> Html:
@@ -89,7 +29,13 @@ def bars(rows: Sequence[tuple[str, float, bool]], digits: int) -> Html:
 def legend(names: Sequence[str], shown: Collection[str]) -> Html:
     """Which line is whose: the order of `names` gives the colours, as in `chart`; `shown` have a line."""
     keys = (
-        tag("span", tag("svg", tag("path", d="M1 5H23", class_=_style(index)), viewBox="0 0 24 10"), name)
+        tag(
+            "span",
+            tag(
+                "svg", tag("path", d="M1 5H23", class_=_style(index)), viewBox="0 0 24 10", aria_hidden="true"
+            ),
+            name,
+        )
         for index, name in enumerate(names)
         if name in shown
     )
