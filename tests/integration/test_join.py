@@ -167,6 +167,7 @@ def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data
     nothing = {"vectors": 0, "unprotected": 0, "epsilon": 0, "delta": 0}
     assert record == {
         "domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None, "privacy": nothing,
+        "withdrawn": False,
     }  # fmt: skip
     assert "music: idle" in invoke(client_command, ["status", *home]).output
     refused = invoke(client_command, ["recommend", "--history", "i001", *home])
