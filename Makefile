@@ -1,10 +1,11 @@
 # Two commands: `make demo` and `make test`. Both set everything up first, in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+FUZZ_MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check format wire clean
+.PHONY: setup demo test test-all fuzz check format wire clean
 
 setup: $(READY)
 
@@ -23,6 +24,9 @@ test: setup check
 
 test-all: setup check
 	$(BIN)/python -m pytest -m ''
+
+fuzz: setup
+	PYTHONPATH=tests:. $(BIN)/python -m fuzz --minutes $(FUZZ_MINUTES)
 
 check: setup
 	$(BIN)/ruff check .

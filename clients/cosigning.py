@@ -37,7 +37,7 @@ def _cosign_server(home: ClientHome, channel: Any) -> str:
         reply = rpc.LogStub(channel).GetCheckpoint(request, timeout=CALL_S)
     except grpc.RpcError as err:
         raise translated(err) from None
-    size = len(reply.note) + HASH_BYTES * len(reply.proof)
+    size = len(reply.note.encode()) + HASH_BYTES * len(reply.proof)
     home.ledger.record(Crossing.of_checkpoint("in", SERVER, reply.note, size))
     try:
         note = home.cosigner.cosign(SERVER, home.server_logs, reply.note, known.size, list(reply.proof))

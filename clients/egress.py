@@ -114,11 +114,11 @@ class EgressGate:
                 facts = {"digest": parcel.digest, "payload_bytes": header.payload_bytes}
                 facts["privacy"] = header.privacy.model_dump()
                 self.journal.put(key, facts)
-                self.journal.put(f"released/{parcel.digest}", {})
         header = parcel.header
         if self.journal.get(f"withdrawn/{header.payload_digest}") is not None:
             raise RefusedError("this vector was withdrawn: it is not sent again", reason="withdrawn")
         self._log("parcel", parcel.envelope, header.payload_bytes, header.kind, header.run)
+        self.journal.put(f"released/{parcel.digest}", {})  # on every call: a crash may have come before it
         return parcel
 
     def is_released(self, digest: str) -> bool:

@@ -22,13 +22,13 @@ from common.errors import ParcelError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 12
 MAX_INTEGER = 2**53 - 1
-_PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def encode(value: Any, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The canonical bytes of `value`. Raises ParcelError when it is outside the subset."""
     _check(value, depth=0)
-    data = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    data = _ENCODER.encode(value).encode("ascii")
     if len(data) > max_bytes:
         raise ParcelError(f"canonical JSON: {len(data)} bytes, at most {max_bytes} are allowed")
     return data
@@ -39,12 +39,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     if len(data) > max_bytes:
         raise ParcelError(f"canonical JSON: {len(data)} bytes, at most {max_bytes} are allowed")
     try:
-        value = json.loads(
-            data.decode("ascii"),
-            object_pairs_hook=_unique,
-            parse_float=_refuse,
-            parse_constant=_refuse,
-        )
+        value = _DECODER.decode(data.decode("ascii"))
     except ParcelError:
         raise
     except (ValueError, RecursionError):
@@ -68,7 +63,9 @@ def decode_base64(text: Any) -> bytes:
 def _check(value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise ParcelError(f"canonical JSON: nested deeper than {MAX_DEPTH}")
-    if type(value) is dict:
+    if type(value) is str:
+        _check_string(value)
+    elif type(value) is dict:
         for key, inner in value.items():
             _check_string(key)
             _check(inner, depth + 1)
@@ -85,7 +82,7 @@ def _check(value: Any, depth: int) -> None:
 def _check_string(value: Any) -> None:
     if type(value) is not str:
         raise ParcelError(f"canonical JSON: {type(value).__name__} is not allowed")
-    if not _PRINTABLE.issuperset(value):
+    if not (value.isascii() and value.isprintable()):
         raise ParcelError("canonical JSON: a string is not printable ASCII")
 
 
@@ -98,3 +95,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(_: str) -> Any:
     raise ParcelError("canonical JSON: only whole numbers are allowed")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_refuse)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common.errors import DataError, StorageError
@@ -30,6 +31,9 @@ MAX_ATTRIBUTES = 64
 MAX_TEXT_CHARS = 1000
 MAX_ITEM_ID_CHARS = 256
 MAX_UNCOMPRESSED_BYTES = 4 * 2**30
+MAX_EXPANSION, FREE_BYTES = 100, 64 << 20  # texts may be that many times the file, and always so much
+CELL_BYTES = 64  # of a text in memory, beside its letters
+BATCH_ROWS = 1 << 14
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -98,18 +102,12 @@ class Catalog:
             with pq.ParquetFile(path) as file:
                 _check_size(file.metadata, path)
                 domain = _check_schema(file.schema_arrow, path)
-                table = file.read()
+                names = list(file.schema_arrow.names)
+            columns = _read_columns(path, names)
         except FileNotFoundError:
             raise DataError(f"{path}: no such catalog", next_step="check the path") from None
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             raise _refusal(path, "not a readable Parquet file") from None
-        if any(column.null_count for column in table.columns):
-            raise _refusal(path, "a cell is null; an absent value is an empty string")
-        try:
-            table.validate(full=True)
-            columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        except (pa.ArrowException, UnicodeDecodeError):
-            raise _refusal(path, "a cell is not valid UTF-8") from None
         try:
             return cls(domain, columns.pop("item_id"), columns)
         except DataError as err:
@@ -169,14 +167,40 @@ def _check_size(metadata: pq.FileMetaData, path: Path) -> None:
         raise _refusal(path, f"larger than {MAX_ITEMS} rows or {MAX_UNCOMPRESSED_BYTES} bytes unpacked")
 
 
+def _read_columns(path: Path, names: list[str]) -> dict[str, list[str]]:
+    """Every column, batch by batch: the size of each is known before its texts are made.
+
+    Repeated texts take next to nothing in the file, so a small one could otherwise fill the memory.
+    """
+    columns: dict[str, list[str]] = {name: [] for name in names}
+    left_bytes = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
+    with pq.ParquetFile(path, read_dictionary=names) as file:
+        for batch in file.iter_batches(BATCH_ROWS):
+            if any(column.null_count or column.dictionary.null_count for column in batch.columns):
+                raise _refusal(path, "a cell is null; an absent value is an empty string")
+            try:
+                batch.validate(full=True)
+                for name, column in zip(names, batch.columns, strict=True):
+                    lengths_B = pc.binary_length(column.dictionary).take(column.indices)
+                    left_bytes -= CELL_BYTES * len(column) + (pc.sum(lengths_B).as_py() or 0)
+                    if left_bytes < 0:
+                        raise _refusal(path, f"unpacks to more than {MAX_EXPANSION} times its size")
+                    columns[name] += column.dictionary_decode().to_pylist()
+            except (pa.ArrowInvalid, UnicodeDecodeError):
+                raise _refusal(path, "a cell is not valid UTF-8") from None
+    return columns
+
+
 def _check_schema(schema: pa.Schema, path: Path) -> str:
     """Verify names, types and metadata; returns the domain's name."""
     names = list(schema.names)
     if not names or names[0] != "item_id" or len(set(names)) != len(names):
         raise _refusal(path, "the first column must be item_id and no name may occur twice")
     for field in schema:
-        if field.type != pa.string() or field.metadata:
-            raise _refusal(path, f"column {field.name[:40]!r} is not a plain string column")
+        if field.type != pa.string() or field.metadata or not ATTRIBUTE.fullmatch(field.name):
+            raise _refusal(
+                path, f"column {field.name[:40]!r} is not a plain string column of a lower-case name"
+            )
     metadata = dict(schema.metadata or {})
     domain: str = metadata.pop(_DOMAIN_KEY, b"").decode("ascii", errors="replace")
     if metadata.pop(_VERSION_KEY, b"").decode("ascii", errors="replace") != SCHEMA_VERSION or metadata:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from common.config import Frozen, validate
 from common.errors import ConfigError
+from common.statements import Name
 from common.witness.card import WitnessCard
 
 SCHEMA_VERSION = 1
@@ -23,15 +24,17 @@ class JoinKit(Frozen):
     """What an owner needs to join: addresses (host:port), certificates, identities, one token."""
 
     schema_version: int
-    domain: str
+    domain: Name
     server: str
     fleet: str
     exchange: str
     enrol: str
     public_key: str = Field(description="the server's Ed25519 identity, hex")
     fingerprint: str = Field(description="of that key, to be compared out of band")
-    ca_certificate: str = Field(description="PEM")
-    keys: str = Field(description="the server's own word on its keys: a signed envelope")
+    ca_certificate: str = Field(description="PEM", pattern="^[\\x00-\\x7f]*$")
+    keys: str = Field(
+        description="the server's own word on its keys: a signed envelope", pattern="^[\\x00-\\x7f]*$"
+    )
     witnesses: tuple[WitnessCard, ...] = Field((), description="who cosigns ledgers")
     fab_sha256: str = Field(description="the app bundle that the owner's runner will answer to")
     token: str = Field(description="one-time; worthless after the first join")
@@ -42,7 +45,8 @@ def read_kit(path: Path) -> JoinKit:
     """Read a kit. Raises ConfigError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        json.dumps(data, ensure_ascii=False).encode()  # half a character, as JSON can escape it, is none
+    except (OSError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise ConfigError(

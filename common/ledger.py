@@ -27,7 +27,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +98,8 @@ class AppendOnlyLog:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 self._held = 1
                 self._descriptor = descriptor
-                self.refresh()
+                if os.fstat(descriptor).st_size != self._read_bytes:
+                    self.refresh()
                 if os.fstat(descriptor).st_size > self._read_bytes:
                     os.ftruncate(descriptor, self._read_bytes)  # the line that a crash cut short
                     os.fsync(descriptor)
@@ -211,6 +212,10 @@ class Crossing:
     verdict: str = ""  # "accepted", or the reason code of a refusal; empty while it is not known
     time_s: int = 0
 
+    def body(self) -> dict[str, Any]:
+        """The entry's body."""
+        return dict(vars(self))
+
     @classmethod
     def of_checkpoint(cls, direction: Literal["in", "out"], peer: str, note: str, size: int) -> Crossing:
         """A checkpoint that came in or is about to leave; `size` bytes with its proof."""
@@ -304,14 +309,14 @@ class Ledger(AppendOnlyLog):
 
     def record(self, crossing: Crossing) -> Entry:
         """Append `crossing`; `time_s` 0 means now. Raises StorageError when the disk is full."""
-        body = asdict(crossing)
+        body = crossing.body()
         body["time_s"] = crossing.time_s or int(time.time())
         return self.append(body)
 
     def record_once(self, crossing: Crossing) -> Entry:
         """As `record`, but the same bytes in the same direction to or from the same peer count once."""
         with self.locked():
-            index = self._first.get(_identity(asdict(crossing)))
+            index = self._first.get(_identity(crossing.body()))
             return self[index] if index is not None else self.record(crossing)
 
     def _accept(self, entry: Entry, line: bytes) -> None:

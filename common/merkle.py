@@ -50,7 +50,7 @@ class Tree:
             row += node
             if len(row) // HASH_BYTES % 2:
                 return
-            node = node_hash(bytes(row[-2 * HASH_BYTES : -HASH_BYTES]), bytes(row[-HASH_BYTES:]))
+            node = hashlib.sha256(b"\x01" + row[-2 * HASH_BYTES :]).digest()  # `node_hash` of the last two
             level += 1
             if level == len(self._levels):
                 self._levels.append(bytearray())

@@ -112,7 +112,7 @@ class Order:
             )
         except IsthmusError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
             raise ParcelError(f"the server's order is malformed: {type(err).__name__}") from None
         if order.action not in ACTIONS or set(body) != STATEMENT_FIELDS:
             raise ParcelError(f"the server's order asks for {order.action!r}; we know {', '.join(ACTIONS)}")

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from importlib import metadata
@@ -214,7 +214,7 @@ class Receipt(Statement):
             verdict="accepted" if accepted else self.reason,
             time_s=self.time_s,
         )
-        leaf = merkle.leaf_hash(entry_line(self.index, self.prev, asdict(crossing)))
+        leaf = merkle.leaf_hash(entry_line(self.index, self.prev, crossing.body()))
         proof = [bytes.fromhex(node) for node in self.proof]
         merkle.verify_inclusion(
             self.index, self.checkpoint.size, leaf, proof, bytes.fromhex(self.checkpoint.root)

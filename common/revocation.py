@@ -16,8 +16,6 @@ from common.errors import ParcelError
 from common.payloads import decode_values, encode_values
 from common.statements import DIGEST_PATTERN
 
-_MODEL = re.compile(r"model-[0-9]{1,4}")
-
 
 @dataclass(frozen=True)
 class Revocation:
@@ -40,10 +38,9 @@ class Revocation:
         """Read a payload strictly. Raises ParcelError."""
         values = decode_values(data)
         digests = {name: str(value) for name, value in values.items()}
-        models = [name for name in digests if _MODEL.fullmatch(name)]
+        models = [f"model-{number}" for number in range(len(digests) - 2)]
         if set(digests) != {"vector", "payload", *models}:
             raise ParcelError("a revocation names a vector, its payload and models, and nothing else")
         if not all(re.fullmatch(DIGEST_PATTERN, digest) for digest in digests.values()):
             raise ParcelError("a revocation holds digests only")
-        ordered = sorted(models, key=lambda name: int(name.removeprefix("model-")))
-        return cls(digests["vector"], digests["payload"], tuple(digests[name] for name in ordered))
+        return cls(digests["vector"], digests["payload"], tuple(digests[name] for name in models))

@@ -172,7 +172,7 @@ def _entry(name: str, fact: Any, base: int) -> TensorEntry:
     if not isinstance(fact, dict) or set(fact) != {"dtype", "shape", "data_offsets"}:
         raise VectorError(f"tensor {name}: unknown or missing fields in the file's header")
     dtype, shape, offsets = fact["dtype"], fact["shape"], fact["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise VectorError(f"tensor {name}: dtype must be one of {', '.join(ITEM_BYTES)}")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or len(shape) > 8 or 0 in shape:
         raise VectorError(f"tensor {name}: shape or offsets are not valid")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -89,7 +89,7 @@ def sign_csr(ca: CertificateAuthority, csr: bytes, domain: str) -> bytes:
         valid = request.is_signature_valid
         names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         key = request.public_key()
-    except (ValueError, InvalidSignature):
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
         raise ParcelError("certificate request: malformed") from None
     if not valid or [name.value for name in names] != [domain]:
         raise ParcelError("certificate request: not signed by its key, or not for this domain")
@@ -102,7 +102,7 @@ def certificate_fingerprint(pem: bytes) -> str:
     """SHA-256 of the certificate's DER bytes, hex. Raises ParcelError when it is no certificate."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise ParcelError("not a PEM certificate") from None
     return sha256_bytes(certificate.public_bytes(serialization.Encoding.DER))
 

@@ -81,7 +81,7 @@ class ExchangeService:
         """A published parcel, from `offset` on."""
         with no_text(context):
             try:
-                parcel = self._published(request.digest, _member(self._intake, context))
+                parcel = self._published(request.digest, request.offset, _member(self._intake, context))
             except RefusedError as err:
                 yield pb.DownloadReply(refused=_refused(err))
                 return
@@ -94,7 +94,7 @@ class ExchangeService:
                 while chunk := source.read(CHUNK_BYTES):
                     yield pb.DownloadReply(chunk=chunk)
 
-    def _published(self, digest: str, member: Member) -> Parcel:
+    def _published(self, digest: str, offset: int, member: Member) -> Parcel:
         store = self._intake.store
         known = {stored.digest: stored for stored in store.find(direction="out")}
         stored, parcel = known.get(digest), None
@@ -104,6 +104,8 @@ class ExchangeService:
             raise RefusedError("no such parcel for this domain", reason="unknown-parcel")
         if store.is_withdrawn(digest):
             raise RefusedError("a vector in this model was withdrawn", reason="withdrawn")
+        if offset > parcel.header.payload_bytes:
+            raise RefusedError("the payload is shorter than that offset", reason="protocol")
         self._intake.ledger.record_once(
             Crossing(
                 direction="out",
@@ -191,7 +193,7 @@ class LogService:
                 note = str(sign_checkpoint(ledger, self._home.log_signer))
                 size = len(ledger)
                 proof = ledger.consistency(request.since, size) if request.since <= size else []
-                sent = len(note) + HASH_BYTES * len(proof)
+                sent = len(note.encode()) + HASH_BYTES * len(proof)
                 ledger.record(Crossing.of_checkpoint("out", member.domain, note, sent))
             return pb.GetCheckpointReply(note=note, proof=proof)
 
@@ -216,13 +218,20 @@ class LogService:
         """Cosign a member's ledger; keep its cosignature of ours, if it brings one."""
         with no_text(context):
             member = _member(self._intake, context)
-            size = len(request.note) + len(request.cosigned) + HASH_BYTES * len(request.proof)
+            size = len(request.note.encode()) + len(request.cosigned.encode())
+            size += sum(len(node) for node in request.proof)
             self._home.ledger.record(Crossing.of_checkpoint("in", member.domain, request.note, size))
             try:
                 self._keep_cosigned(member, request.cosigned)
             except (ParcelError, ProofError) as err:
                 return pb.AddCheckpointReply(refused=pb.Refused(reason=err.code, text=err.message))
-            return add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.logs()), request)
+            reply = add_checkpoint(self._home.cosigner, lambda _: (member.domain, member.logs()), request)
+            if reply.cosigned:
+                note = reply.cosigned
+                self._home.ledger.record(
+                    Crossing.of_checkpoint("out", member.domain, note, len(note.encode()))
+                )
+            return reply
 
     def _keep_cosigned(self, member: Member, cosigned: str) -> None:
         if not cosigned:

@@ -146,7 +146,7 @@ class Intake:
         header: Header | None = None
         try:
             header, member = self._identify(envelope, peer_fingerprint)
-            given = self._given_before(digest)
+            given = self._given_before(digest, header)
             if given is not None:
                 return given
             self._admission.check_header(header, digest, self._known(header, digest))
@@ -172,12 +172,18 @@ class Intake:
         self._admission.check_sender(header, member, peer_fingerprint)
         return header, member
 
-    def _given_before(self, digest: str) -> bytes | None:
-        """The receipt of an accepted parcel, or None. Raises SignedRefusalError if it was refused."""
+    def _given_before(self, digest: str, header: Header) -> bytes | None:
+        """The receipt of an accepted parcel, or None. Raises SignedRefusalError if it was refused.
+
+        It is put into the ledger here, too: a crash may have come between the journal and that.
+        """
         refusal = self.store.refusal(digest)
+        receipt = self.store.receipt(digest) if refusal is None else refusal[2]
+        if receipt is not None:
+            self.record_receipt_out(header, receipt)
         if refusal is not None:
             raise SignedRefusalError(*refusal)
-        return self.store.receipt(digest)
+        return receipt
 
     def _known(self, header: Header, digest: str) -> Known:
         now_s = int(self._clock())

@@ -15,12 +15,15 @@ from safetensors.numpy import save_file
 from clients.egress import EgressGate
 from clients.exchange_client import ExchangeClient
 from clients.policy import EgressPolicy
+from common.audit.bundle import Bundle
 from common.catalog import Catalog
 from common.checkpoints import LedgerHome
 from common.files import sha256_bytes, write_atomic
 from common.ledger import Journal, Ledger
+from common.notes import Signer
 from common.parcels import EVERYONE, SERVER, Codec, Header, Kind, Parcel, draft, seal_parcel
 from common.payloads import encode_values
+from common.roots import Party, Root, RootMember, log_origin
 from common.signing import SigningKey
 from common.tls import CertificateAuthority, TlsFiles, create_ca, issue_server_certificate, make_csr
 from common.wire.enrolment import EnrolmentFacts
@@ -180,6 +183,45 @@ class Owner:
         parcel = seal_parcel(self.draft(payload, kind, **changes), payload, self.key)
         self.journal.put(f"released/{parcel.digest}", {})
         return parcel
+
+
+ROOT_KEY = SigningKey(b"root" * 8)
+
+
+def make_bundle(path: Path, shore: Shore, owners: list[Owner]) -> tuple[Bundle, Root]:
+    """Everything of these shores for an auditor, and the root that says whose keys count."""
+    made = Bundle(path, create=True)
+    for name, party in ((SERVER, shore), *((owner.domain, owner) for owner in owners)):
+        signer = Signer(log_origin(name, party.log_key.public), party.log_key)
+        made.put_ledger(name, Ledger(party.ledger.path), signer)
+    for stored in shore.store.records():
+        made.put_envelopes([shore.store.read_bytes(stored.digest)])
+        made.put_payload(stored.payload_digest, shore.store.object_path(stored.payload_digest))
+    for owner in owners:
+        outbox = owner.home / "outbox"
+        made.put_envelopes(path.read_bytes() for path in outbox.glob("*.dsse"))
+        made.put_receipts(path.read_bytes() for path in outbox.glob("*.receipt"))
+    members = [
+        RootMember(
+            domain=owner.domain,
+            pseudonym=owner.member.pseudonym,
+            identity_key=owner.key.public.hex,
+            log_key=owner.log_key.public.hex,
+            certificate_fingerprint=owner.member.certificate_fingerprint,
+        )
+        for owner in sorted(owners, key=lambda owner: owner.domain)
+    ]
+    root = Root(
+        version=1,
+        created_s=1,
+        expires_s=2**40,
+        threshold=1,
+        root_keys=(ROOT_KEY.public.hex,),
+        server=Party(identity_key=shore.key.public.hex, log_key=shore.log_key.public.hex),
+        witnesses=(),
+        members=tuple(members),
+    )
+    return made, root
 
 
 def in_thread(call: object) -> threading.Thread:

@@ -181,7 +181,11 @@ class Domain:
         record = _read_record(folder / "domain.json")
         items = _read_table(folder / "items.parquet", None)
         sequences = _read_table(folder / "sequences.parquet", _SEQUENCES)
-        attributes = {name: items.column(name).to_pylist() for name in items.column_names}
+        try:
+            attributes = {name: items.column(name).to_pylist() for name in items.column_names}
+            user_ids = sequences.column("user_id").to_pylist()
+        except UnicodeDecodeError:
+            raise DataError(f"{folder}: a cell is not valid UTF-8", next_step="prepare it again") from None
         lists = sequences.column("train").combine_chunks()
         if lists.values.null_count:
             raise DataError(f"{folder}: a training history holds an empty cell", next_step="prepare it again")
@@ -191,7 +195,7 @@ class Domain:
                 name=record["name"],
                 item_ids=attributes.pop("item_id", []),
                 attributes=attributes,
-                user_ids=sequences.column("user_id").to_pylist(),
+                user_ids=user_ids,
                 train=[flat[a:b] for a, b in itertools.pairwise(offsets)],
                 valid=np.array(sequences.column("valid").to_numpy()),
                 test=np.array(sequences.column("test").to_numpy()),
@@ -206,7 +210,7 @@ class Domain:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         record = None
     kinds = {"name": str, "synthetic": bool, "public_attributes": list, "provenance": dict}
     if not isinstance(record, dict) or record.get("schema") != SCHEMA_VERSION:
@@ -214,6 +218,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(record.get(key), kind):
             raise DataError(f"{path}: {key!r} must be a {kind.__name__}", next_step="prepare it again")
+    if not all(isinstance(name, str) for name in record["public_attributes"]):
+        raise DataError(f"{path}: 'public_attributes' must be names", next_step="prepare it again")
     return record
 
 
@@ -221,10 +227,11 @@ def _read_table(path: Path, schema: pa.Schema | None) -> pa.Table:
     """Read Parquet; with no `schema` every column must be a string. No nulls anywhere."""
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError):
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise DataError(f"{path}: not readable Parquet", next_step="prepare this domain again") from None
     if schema is None:
-        schema = pa.schema([(name, pa.string()) for name in table.column_names])
+        schema = pa.schema([(name, pa.string()) for name in names])
     if not table.schema.equals(schema):
         raise DataError(f"{path}: columns or types are not the expected", next_step="prepare it again")
     if any(column.null_count for column in table.columns):

@@ -22,7 +22,7 @@ from pathlib import Path
 from common.checkpoints import CHECKPOINT, sign_checkpoint
 from common.errors import ConfigError
 from common.files import copy_hashed, sha256_bytes, storage_errors, write_atomic
-from common.ledger import Ledger
+from common.ledger import LINE_BYTES, Ledger
 from common.notes import Signer
 from common.statements import DIGEST_PATTERN, NAME_PATTERN
 
@@ -53,9 +53,10 @@ class Bundle:
 
     def checkpoint(self, shore: str) -> str | None:
         """The newest checkpoint of `shore` as text, or None."""
+        data = _small_file(self.path / "shores" / shore / CHECKPOINT)
         try:
-            return (self.path / "shores" / shore / CHECKPOINT).read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError):
+            return None if data is None else data.decode("utf-8")
+        except UnicodeDecodeError:
             return None
 
     def envelope(self, digest: str) -> bytes | None:
@@ -76,16 +77,13 @@ class Bundle:
         return self._read("rotations", digest, "json")
 
     def notes(self) -> list[str]:
-        """Every cosigned checkpoint, as text."""
+        """Every cosigned checkpoint, as text; one that is too long, or not a file, is left out as empty."""
         paths = sorted((self.path / "checkpoints").glob("*.note"))
-        return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        return [(_small_file(path) or b"").decode("utf-8", errors="replace") for path in paths]
 
     def _read(self, kind: str, digest: str, suffix: str = "dsse") -> bytes | None:
-        try:
-            data = (self.path / kind / f"{digest}.{suffix}").read_bytes()
-        except FileNotFoundError:
-            return None
-        return data if sha256_bytes(data) == digest else None
+        data = _small_file(self.path / kind / f"{digest}.{suffix}")
+        return data if data is not None and sha256_bytes(data) == digest else None
 
     # Putting in
 
@@ -127,3 +125,10 @@ class Bundle:
     def put_root(self, data: bytes) -> None:
         """Add the root file as the exporting shore knows it. Raises StorageError."""
         write_atomic(self.path / ROOT, data)
+
+
+def _small_file(path: Path) -> bytes | None:
+    """What is in a file; None where there is none, or a folder, a pipe or a huge file under its name."""
+    if not path.is_file() or path.stat().st_size > LINE_BYTES:
+        return None
+    return path.read_bytes()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.audit.bundle import Bundle
+from common.audit.scan import MISSES, Scan, Scanner, read_canaries
 from common.audit.verify import AuditReport, DomainReport, Tally, verify
 from common.console import progress_bars
 from common.errors import ConfigError, LedgerError
@@ -145,6 +146,42 @@ def show(
         )
         table.add_row(*map(str, cells))
     Console().print(table)
+
+
+@app.command("scan")
+def scan_command(
+    capture: Annotated[Path, typer.Argument(help="a folder of streams as they were before TLS, one a file")],
+    canaries: Annotated[Path, typer.Option(help="one a line: a text, or item ids with commas between")],
+    format: FormatOption = "text",
+) -> None:
+    """Search captured traffic for planted private values, in every encoding; exit code 1 if one is found."""
+    planted = read_canaries(canaries)
+    with progress_bars() as report:
+
+        def on_file(name: str, step: int, total: int) -> None:
+            report(phase=f"scan {name}", step=step, total=total)
+
+        found = Scanner(planted).scan(capture, on_file)
+    if format == "json":
+        typer.echo(json.dumps({"schema": 1, **asdict(found), "not_found_by_any_scan": MISSES}, indent=1))
+    else:
+        _print_scan(found, len(planted))
+    if found.hits:
+        raise typer.Exit(1)
+
+
+def _print_scan(found: Scan, planted: int) -> None:
+    """A canary is private, so it is named by its number in the file."""
+    typer.echo(f"{found.files} streams, {found.bytes:,} bytes; {found.searched_bytes:,} bytes searched")
+    for place in found.unframed:
+        typer.echo(f"searched as it is, not HTTP or cut short: {place}")
+    for place in found.cut:
+        typer.echo(f"not wholly searched: {place}")
+    for hit in found.hits:
+        how = " of ".join([*hit.undone, hit.form])
+        typer.echo(f"FOUND  canary {hit.canary + 1}, as {how}: {hit.place}")
+    typer.echo(f"{len(found.found) or 'none'} of {planted} canaries found")
+    typer.echo(f"no scan finds: {MISSES}")
 
 
 def _entries(bundle: Bundle, shore: str) -> list[tuple[int, Crossing]]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
+from common.audit.scan import MISSES
 from common.audit.withdrawals import NOT_MERGED, Withdrawn, accepted_after, withdrawals
 from common.errors import IsthmusError, LedgerError, ParcelError, SignatureError
 from common.files import sha256_bytes
@@ -42,6 +43,7 @@ LIMITS = (
     "that nothing left by another way: traffic that never passed the gate is in no ledger",
     "what a task vector or a metric says about the data behind it: neither is anonymous",
     "what control messages said: they are recorded by digest and size",
+    f"that allowed bytes hide nothing: no scan of the traffic finds {MISSES}",
 )
 S = TypeVar("S", bound=Statement)
 Progress = Callable[[str, int, int], None]

@@ -11,6 +11,7 @@ import grpc
 from common.checkpoints import LedgerHome, sign_checkpoint
 from common.errors import IsthmusError, LedgerError, ProofError, TransportError
 from common.files import write_atomic
+from common.ledger import Crossing
 from common.merkle import HASH_BYTES
 from common.notes import Checkpoint, Note, Verifier
 from common.roots import SignedRoot
@@ -45,7 +46,8 @@ def submit(
                     next_step="restore the ledger from a copy: some of it is gone",
                 )
             proof = home.ledger.consistency(old_size, size)
-        release(note, peer, len(note) + len(cosigned) + HASH_BYTES * len(proof))
+        sent = len(note.encode()) + len(cosigned.encode()) + HASH_BYTES * len(proof)
+        release(note, peer, sent)
         request = pb.AddCheckpointRequest(old_size=old_size, proof=proof, note=note, cosigned=cosigned)
         try:
             reply = rpc.WitnessStub(channel).AddCheckpoint(request, timeout=CALL_S)
@@ -53,6 +55,8 @@ def submit(
             raise translated(err) from None
         match reply.WhichOneof("outcome"):
             case "cosigned":
+                answer = Crossing.of_checkpoint("in", peer, reply.cosigned, len(reply.cosigned.encode()))
+                home.ledger.record(answer)
                 found = Note.parse(reply.cosigned)
                 found.cosigned_by(by)
                 if Note.parse(note).text != found.text:

@@ -113,6 +113,7 @@ class Federation:
         self.mark = secrets.token_hex(8)
         self.port = free_range(4)  # the first of the server's four ports
         self.spaces: dict[str, str] = {}  # first word of a command -> network namespace to type it in
+        self.program = [str(ISTHMUS)]
         self._started: list[subprocess.Popen[bytes]] = []
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("ISTHMUS_")},
@@ -167,7 +168,7 @@ class Federation:
 
     def _typed(self, arguments: Sequence[object]) -> list[str]:
         space = self.spaces.get(str(arguments[0]))
-        return [*(["ip", "netns", "exec", space] if space else []), str(ISTHMUS), *map(str, arguments)]
+        return [*(["ip", "netns", "exec", space] if space else []), *self.program, *map(str, arguments)]
 
     # --- the two sides ------------------------------------------------------------------------------
 
@@ -192,16 +193,31 @@ class Federation:
         """Where the kit of a domain is."""
         return self.folder / "kits" / f"{name}.kit.json"
 
-    def join(self, name: str, domain: Domain | None = None, *, base: Path | None = None) -> None:
-        """`server invite` and `client join`; the owner's data are `domain` (None: a synthetic one)."""
+    def join(
+        self,
+        name: str,
+        domain: Domain | None = None,
+        *,
+        base: Path | None = None,
+        lead: Mapping[str, str] | None = None,
+    ) -> None:
+        """`server invite` and `client join`; the owner's data are `domain` (None: a synthetic one).
+
+        `lead` has other addresses than the kit's: of `fleet`, `exchange`, `enrol`.
+        """
         data = self.folder / "data" / name
         (synthetic(name) if domain is None else domain).save(data)
         self.kit(name).parent.mkdir(exist_ok=True)
         self.ok("server", "invite", name, "--home", self.server, "--out", self.kit(name))
-        self.ok(
+        self.kit(name).write_text(json.dumps({**read_json(self.kit(name)), **(lead or {})}))
+        command = (
             *("client", "join", self.kit(name), "--home", self.home(name), "--data", data),
             *("--base", base or self.base, "--port", free_range(1)),
         )
+        for _ in range(3):  # the call waits 30 s: too few on a busy machine
+            if self.cli(*command).returncode == 0:
+                return
+        self.ok(*command)
 
     def client_up(self, name: str) -> subprocess.Popen[bytes]:
         """`client up`, and wait until its runner is ready."""

@@ -5,62 +5,22 @@ Neither side can reach the other's loopback, so nothing but the three public por
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 from checks import accepted_vectors, check_ledgers, installed_digest
+from namespaces import Wire, wires
 from shores import Federation, run_config
 
 DOMAINS = ("garden",)
 
 
-@dataclass(frozen=True)
-class Wire:
-    """Two namespaces and the address of each end."""
-
-    server: str
-    owner: str
-    server_address: str = "10.213.7.1"
-    owner_address: str = "10.213.7.2"
-
-
-def _ip(*arguments: str, check: bool = True) -> bool:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20, check=False)
-    if check and done.returncode != 0:
-        raise OSError(done.stderr)
-    return done.returncode == 0
-
-
 @pytest.fixture
 def wire() -> Iterator[Wire]:
     """A veth pair between two new namespaces, removed with the test."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    tag = secrets.token_hex(3)
-    made = Wire(f"isthmus-s-{tag}", f"isthmus-o-{tag}")
-    if not _ip("netns", "add", made.server, check=False):
-        pytest.skip("this machine makes no network namespaces")
-    try:
-        _ip("netns", "add", made.owner)
-        near, far = f"is{tag}", f"io{tag}"
-        peer = ("peer", "name", far, "netns", made.owner)
-        _ip("link", "add", near, "netns", made.server, "type", "veth", *peer)
-        for space, link, address in (
-            (made.server, near, made.server_address),
-            (made.owner, far, made.owner_address),
-        ):
-            _ip("-n", space, "address", "add", f"{address}/30", "dev", link)
-            _ip("-n", space, "link", "set", link, "up")
-            _ip("-n", space, "link", "set", "lo", "up")
+    with wires(1) as (made,):
         yield made
-    finally:
-        _ip("netns", "delete", made.server, check=False)
-        _ip("netns", "delete", made.owner, check=False)
 
 
 @pytest.mark.e2e

@@ -165,10 +165,8 @@ def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data
     home = ["--home", str(tmp_path / "home")]
     record = json.loads(invoke(client_command, ["status", "--json", *home]).output)
     nothing = {"vectors": 0, "unprotected": 0, "epsilon": 0, "delta": 0}
-    assert record == {
-        "domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None, "privacy": nothing,
-        "withdrawn": False,
-    }  # fmt: skip
+    facts = {"domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None}
+    assert record == {**facts, "withdrawn": False, "privacy": nothing}
     assert "music: idle" in invoke(client_command, ["status", *home]).output
     refused = invoke(client_command, ["recommend", "--history", "i001", *home])
     assert isinstance(refused.exception, ConfigError)

@@ -115,6 +115,8 @@ def test_ledger(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert record["entries"] == 40
     assert set(record["proof_us"]) == {"make", "verify", "grown"}
+    assert set(record["read_s"]) == {"open", "audit", "json.loads", "tree alone"}
+    assert all(0 < share < 0.05 for share in record["run_share"].values())
     assert all(value > 0 for value in record["proof_us"].values())
 
 

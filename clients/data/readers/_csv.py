@@ -24,7 +24,12 @@ def header(path: Path) -> list[str]:
             line = file.readline(2**20).decode("utf-8-sig")
         except (UnicodeDecodeError, EOFError, OSError, zlib.error):
             raise DataError(f"{path.name}:1: the header is not readable utf-8 text") from None
-    names = [name.strip() for name in next(csv.reader([line], delimiter=_delimiter(path)), [])]
+    try:
+        names = [
+            name.strip() for name in next(csv.reader([line], delimiter=_delimiter(path), strict=True), [])
+        ]
+    except csv.Error as err:
+        raise DataError(f"{path.name}:1: the header is not valid CSV ({err})") from None
     if not any(names) or len(set(names)) != len(names):
         raise DataError(
             f"{path.name}:1: no header, or a column name occurs twice",
@@ -53,7 +58,7 @@ def csv_rows(
     with text_stream(path) as file:
         rows = csv.reader(file, delimiter=_delimiter(path), strict=True)
         csv.field_size_limit(_MAX_FIELD_CHARS)
-        next(rows)
+        header_read = False
         while True:
             try:
                 row = next(rows)
@@ -72,7 +77,8 @@ def csv_rows(
                     f"{path.name}:{rows.line_num + 1}: the gzip file is cut or damaged here",
                     next_step="fetch or copy the file again",
                 ) from None
-            if not row:
+            if not header_read or not row:
+                header_read = True
                 continue
             if len(row) != len(names):
                 what = f"{len(row)} fields, the header has {len(names)}"

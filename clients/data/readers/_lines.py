@@ -18,6 +18,7 @@ from common.progress import NO_REPORT, Report
 
 MAX_LINE_BYTES = 64 * 2**20
 _REPORT_EVERY = 20_000
+_TOO_MUCH = "nested too deep, or a number of thousands of digits"
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -90,11 +91,11 @@ def json_lines(
     for number, line in text_lines(path, issues, report):
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as err:
+        except (ValueError, RecursionError) as err:
             value = _literal(line) if python_literals else None
             if not isinstance(value, dict):
                 column = err.colno if isinstance(err, json.JSONDecodeError) else 1
-                why = err.msg if isinstance(err, json.JSONDecodeError) else "nested too deep"
+                why = err.msg if isinstance(err, json.JSONDecodeError) else _TOO_MUCH
                 issues.add("corrupt-lines", Place(path.name, number, column), f"not valid JSON ({why})")
                 continue
         if isinstance(value, dict):
@@ -124,8 +125,8 @@ def json_document(data: bytes, name: str) -> Any:
             f"{name}:{err.lineno}:{err.colno}: not valid JSON ({err.msg})",
             next_step="mend the file, or fetch it again",
         ) from None
-    except (_RepeatedKeyError, RecursionError) as err:
-        what = "a key occurs twice in one object" if isinstance(err, _RepeatedKeyError) else "nested too deep"
+    except (_RepeatedKeyError, RecursionError, ValueError) as err:
+        what = "a key occurs twice in one object" if isinstance(err, _RepeatedKeyError) else _TOO_MUCH
         raise DataError(f"{name}: {what}", next_step="write the file again without that") from None
 
 

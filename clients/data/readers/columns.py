@@ -172,7 +172,7 @@ def _rows(
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise DataError(f"{path.name}: not readable Parquet", next_step="write or copy it again") from None
 
 

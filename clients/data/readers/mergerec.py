@@ -133,7 +133,7 @@ def _inverse(mapping: dict[str, Any], name: str) -> list[str]:
 
 
 def _number(value: object, limit: int) -> int | None:
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and len(value) < 20 and value.isascii() and value.isdigit():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
         return None

@@ -12,6 +12,7 @@ from clients.policy import EgressPolicy
 from common.config import validate
 from common.errors import ConfigError, GateError, VectorError
 from common.files import sha256_bytes, sha256_file
+from common.ledger import Crossing
 from common.parcels import Codec, Header, Kind
 from common.revocation import Revocation
 from common.tensorfile import read_index, rewrite, tensor_facts
@@ -42,6 +43,35 @@ def test_release_is_in_the_ledger_and_repeatable(toys: Owner) -> None:
     assert toys.gate.is_released(parcel.digest)
     assert not toys.gate.is_released("0" * 64)
     assert toys.vector(1).header.checkpoint.size == 1
+
+
+@pytest.mark.parametrize("step", ["released/", "release/", "ledger"])
+def test_a_crash_at_any_step_of_a_release(
+    toys: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    payload = make_vector(tmp_path / "v")
+    header = toys.draft(payload)
+    put, record = toys.journal.put, toys.ledger.record_once
+
+    def crash(key: str, value: dict) -> None:
+        if key.startswith(step):
+            raise KeyboardInterrupt
+        put(key, value)
+
+    def crash_in_ledger(crossing: Crossing) -> object:
+        if step == "ledger":
+            raise KeyboardInterrupt
+        return record(crossing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toys.journal, "put", crash)
+        patch.setattr(toys.ledger, "record_once", crash_in_ledger)
+        with pytest.raises(KeyboardInterrupt):
+            toys.gate.release(header, payload)
+    toys.restart()
+    parcel = toys.gate.release(header, payload)
+    assert toys.gate.is_released(parcel.digest)
+    assert [entry.body["digest"] for entry in toys.ledger] == [parcel.digest]
 
 
 def test_what_is_sent_is_the_copy_that_was_checked(toys: Owner) -> None:

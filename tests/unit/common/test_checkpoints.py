@@ -51,6 +51,19 @@ def test_a_line_cut_short_by_a_crash_is_no_loss_of_what_was_signed(kept: Path) -
     check_against(Ledger(path), kept / "checkpoint", SIGNER)
 
 
+def test_every_flipped_bit_and_every_cut_is_refused_at_start(kept: Path) -> None:
+    path = kept / "ledger.jsonl"
+    content = path.read_bytes()
+    flips = [bytes([content[place] ^ 1 << place % 8]) for place in range(len(content))]
+    damaged = [content[:place] + flips[place] + content[place + 1 :] for place in range(0, len(content), 5)]
+    damaged += [content[:-1] + flips[-1]]
+    damaged += [content[:end] for end in range(0, len(content), 11)]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(LedgerError, match=r"line \d|were signed"):
+            check_against(Ledger(path), kept / "checkpoint", SIGNER)
+
+
 def test_another_ledger_is_refused(kept: Path, tmp_path: Path) -> None:
     other = Ledger(tmp_path / "other.jsonl")
     for number in range(6):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from crossing import BASE, RUN, make_vector
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import Key
 
 from common import canonical
 from common.errors import ParcelError, ProofError, SignatureError
@@ -38,6 +41,18 @@ def test_round_trip(header: Header, tmp_path: Path) -> None:
     assert seal_parcel(header, tmp_path / "v", KEY).digest == parcel.digest
     with pytest.raises(SignatureError):
         Header.open(parcel.envelope, SigningKey(b"1" * 32).public)
+
+
+def test_securesystemslib_verifies_a_parcel(header: Header, tmp_path: Path) -> None:
+    parcel = seal_parcel(header, tmp_path / "v", KEY)
+    scheme = {"keytype": "ed25519", "scheme": "ed25519", "keyval": {"public": KEY.public.hex}}
+    key, other = Key.from_dict(KEY.public.key_id, dict(scheme)), SigningKey(b"1" * 32).public
+    envelope = Envelope.from_dict(json.loads(parcel.envelope))
+    assert envelope.payload_type == "application/vnd.in-toto+json"
+    assert list(envelope.verify([key], 1)) == [KEY.public.key_id]
+    assert json.loads(envelope.payload)["predicate"]["payload_digest"] == header.payload_digest
+    with pytest.raises(VerificationError):
+        envelope.verify([Key.from_dict(other.key_id, {**scheme, "keyval": {"public": other.hex}})], 1)
 
 
 def test_every_field_is_required(header: Header) -> None:

@@ -12,6 +12,7 @@ from crossing import RUN, TENSORS, Owner, Shore, make_catalog, make_metrics, mak
 from safetensors.numpy import save_file
 
 from common.errors import RefusedError, StorageError, TransportError
+from common.files import sha256_bytes
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, seal_parcel
 from common.revocation import Revocation
 from common.signing import Sealed, SigningKey
@@ -324,10 +325,38 @@ def test_crash_at_any_step_of_acceptance(
         with pytest.raises(KeyboardInterrupt):
             deliver(shore, parcel, toys)
     shore.restart()
-    receipt = Receipt.open(deliver(shore, parcel, toys), shore.key.public)
+    envelope = deliver(shore, parcel, toys)
+    receipt = Receipt.open(envelope, shore.key.public)
     accepted = [entry for entry in shore.ledger if entry.body["verdict"] == "accepted"]
     assert [entry.index for entry in accepted] == [receipt.index]
     assert len(shore.store.find(run=RUN)) == 1
+    assert _receipts_out(shore) == [sha256_bytes(envelope)]
+
+
+def _receipts_out(shore: Shore) -> list[str]:
+    bodies = [entry.body for entry in shore.ledger]
+    return [body["digest"] for body in bodies if (body["type"], body["direction"]) == ("receipt", "out")]
+
+
+def test_crash_before_the_receipt_of_a_refusal_is_in_the_ledger(
+    shore: Shore, toys: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_vector(tmp_path / "zero", 1)
+    payload.write_bytes(payload.read_bytes()[:-8] + b"\xff" * 8)  # NaN
+    parcel = toys.ungated(payload)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shore.intake, "record_receipt_out", crash)
+        with pytest.raises(KeyboardInterrupt):
+            deliver(shore, parcel, toys)
+    shore.restart()
+    for _ in range(2):
+        with pytest.raises(SignedRefusalError) as caught:
+            deliver(shore, parcel, toys)
+    assert _receipts_out(shore) == [sha256_bytes(caught.value.receipt)]
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "link"])
