@@ -21,6 +21,7 @@ from clients.cosigning import exchange_checkpoints
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
+from clients.privacy import read_claim, spent
 from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
 from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
@@ -219,6 +220,8 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
+            limits=self._home.policy.privacy,
+            epsilon_spent=spent(self._home.journal).epsilon,
             home=str(self._home.path),
             require_isolation=self._home.policy.require_isolation,
             release=self._home.config.release,
@@ -275,6 +278,7 @@ class Actions:
             codec=codec,
             round=order.round,
             training={name: value for name, value in facts.items() if name in allowed},
+            privacy=read_claim(payload) if kind is Kind.TASK_VECTOR else None,
         )
         parcel = self._home.gate.release(header, payload)
         size, before = parcel.header.payload_bytes, self._sent_bytes

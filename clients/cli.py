@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,9 +87,11 @@ def up(home: HomeOption = DEFAULT_HOME) -> None:
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """What this owner is doing, and which model is installed."""
+    from clients.privacy import spent
     from clients.serving import comparison, current
 
     opened = _open(home)
+    privacy = spent(opened.journal)
     installed = current(opened.path)
     compared = None if installed is None else comparison(installed)
     record = {
@@ -98,6 +101,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         "model": None if installed is None else str(installed),
         "withdrawn": installed is not None and opened.is_withdrawn(installed.name),
         "comparison": compared,
+        "privacy": asdict(privacy),
     }
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -111,6 +115,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: Annotated[bool, typer.Optio
         typer.echo("a vector in this model was withdrawn; the next universal model takes its place")
     if compared is not None:
         typer.echo(_compared(compared))
+    typer.echo(f"privacy spent: {privacy}")
 
 
 @policy_app.command()

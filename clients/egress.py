@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from clients.policy import EgressPolicy
+from clients.privacy import check_claim
 from common.catalog import Catalog
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
 from common.files import copy_hashed, fsync_folder, sha256_bytes, sha256_file, write_atomic
@@ -100,6 +101,8 @@ class EgressGate:
         if parcel is None:
             with self._closed():
                 self._check_header(header)
+                if header.kind is Kind.TASK_VECTOR:
+                    check_claim(header.privacy, payload, self.policy.privacy, self.journal)
                 header, copy = self._own_copy(header, payload)
                 self._check_header(header)
                 self._check_payload(header, copy)
@@ -109,6 +112,7 @@ class EgressGate:
                 self._check_budget(header)
                 write_atomic(self._envelope_path(parcel.digest), parcel.envelope)
                 facts = {"digest": parcel.digest, "payload_bytes": header.payload_bytes}
+                facts["privacy"] = header.privacy.model_dump()
                 self.journal.put(key, facts)
         header = parcel.header
         if self.journal.get(f"withdrawn/{header.payload_digest}") is not None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
+from clients.privacy import PrivacyLimits
 from common.config import Frozen, RunConfig, load_toml
 from common.errors import ConfigError, PolicyError, suggest
 from common.files import write_atomic
@@ -94,6 +95,11 @@ class EgressPolicy(Frozen):
         description="Refuse to train where the trainer cannot be kept from the network and the keys. "
         "Otherwise it trains, and says so",
     )
+    privacy: PrivacyLimits = Field(
+        PrivacyLimits(),
+        description="Differential privacy that a task vector must have to leave: max_epsilon of one, or "
+        "max_total_epsilon of all that ever left. Without either it needs none",
+    )
 
     @model_validator(mode="after")
     def _known_names(self) -> EgressPolicy:
@@ -148,6 +154,7 @@ class EgressPolicy(Frozen):
                     next_step=f"see {setting} in policy.toml",
                 )
         self.check_tensors(tensors)
+        self.privacy.check_run(config)
 
 
 def vector_bytes(tensors: Shapes, codec: Codec) -> int:
@@ -180,7 +187,7 @@ def write_policy(home: Path, policy: EgressPolicy | None = None) -> Path:
 
 def policy_text(policy: EgressPolicy) -> str:
     """The file: every key with its meaning."""
-    values: dict[str, Any] = policy.model_dump(mode="json")
+    values: dict[str, Any] = policy.model_dump(mode="json", exclude_none=True)
     parts = [_HEAD]
     for name, field in EgressPolicy.model_fields.items():
         parts += ["", *(f"# {line}" for line in _wrapped(f"{field.description}.")), _line(name, values[name])]

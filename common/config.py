@@ -99,6 +99,31 @@ class TrainingSection(Frozen):
     vector_codec: Literal["fp32", "bf16"] = "bf16"
 
 
+class PrivacySection(Frozen):
+    """Differential privacy of each user in fine-tuning: an option, off unless `mechanism` names one.
+
+    Give either `epsilon` (the noise is then found by accounting) or `noise_multiplier`.
+    """
+
+    mechanism: Literal["none", "dp-sgd"] = "none"
+    epsilon: float | None = Field(None, gt=0, le=1000, description="what one fine-tuning may spend")
+    noise_multiplier: float | None = Field(
+        None, ge=0.1, le=1000, description="standard deviation of the noise, in units of `clip_norm`"
+    )
+    delta: float = Field(1e-5, ge=1e-12, lt=1, description="refused unless it is below 1 / users")
+    clip_norm: float = Field(1.0, ge=1e-3, le=1000, description="L2 bound of what one user adds to one step")
+    negatives: int = Field(16, ge=1, description="catalog items of a step, the same for all users in it")
+
+    @model_validator(mode="after")
+    def _check_amount(self) -> PrivacySection:
+        given = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
+        if self.mechanism == "none" and given:
+            raise ValueError(f"{given[0]} does nothing without mechanism = 'dp-sgd'")
+        if self.mechanism != "none" and len(given) != 1:
+            raise ValueError("give either epsilon or noise_multiplier")
+        return self
+
+
 class LearningSection(Frozen):
     """Learned merging coefficients on pseudo-users; each way in which the literature differs is a key.
 
@@ -182,6 +207,7 @@ class RunConfig(Frozen):
     base: BaseSection = BaseSection()
     text: TextSection = TextSection()
     training: TrainingSection = TrainingSection()
+    privacy: PrivacySection = PrivacySection()
     learning: LearningSection = LearningSection()
     merge: tuple[MergeMethod, ...] = (
         MergeMethod(method="weight-averaging"),
@@ -198,6 +224,14 @@ class RunConfig(Frozen):
         "empty: task-arithmetic if it is among them, else the last",
     )
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check_privacy(self) -> RunConfig:
+        if self.privacy.mechanism != "none":
+            for name in ("history_negatives", "logq_correction", "dropout"):
+                if getattr(self.training, name):
+                    raise ValueError(f"training.{name} does not go with privacy.mechanism 'dp-sgd'")
+        return self
 
     @model_validator(mode="after")
     def _check_labels(self) -> RunConfig:

@@ -55,6 +55,7 @@ RUN_MEANINGS = {
     "training.positions_per_user": "Train on every position of a history, or on its last one only.",
     "training.precision": "`auto` is bf16 where the hardware has it.",
     "training.vector_codec": "Number format of every vector that crosses, in both directions.",
+    "privacy.mechanism": "`dp-sgd` trains with [differential privacy](privacy.md) of each user; an option.",
     "learning.preset": "`reference` fills every key that is not given with the authors' value, see below.",
     "learning.steps": "Steps of Adam on the coefficients.",
     "learning.batch_size": "Pseudo-users in one step.",

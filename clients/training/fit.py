@@ -7,6 +7,7 @@ The work folder has one folder for each (configuration, base, data); its `result
 finished fine-tuning is returned, never repeated. Killed at any point and called again, training goes
 on from its last checkpoint and ends with the same tensors as without the kill. The fine-tuned model is
 `theta_0 + tau` with tau as it was written, codec included: what the server reconstructs, bit for bit.
+With differential privacy (`clients.training.private`) the same holds; what was spent lies beside the vector.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clients.data.domain import Domain
+from clients.privacy import NO_LIMITS, PrivacyLimits, write_claim
+from clients.training.accounting import NOISE_KEY, PrivacyPlan, plan_privacy
 from clients.training.checkpoint import newest_checkpoint
 from clients.training.dataset import Batch, TrainingBatches, data_digest, domain_tokens
 from clients.training.evaluate import evaluate
@@ -33,6 +36,7 @@ from common.errors import ModelError
 from common.files import sha256_file, write_atomic
 from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
 from common.models.encoder import Encoder
+from common.parcels import Privacy
 from common.progress import NO_REPORT, Report
 from common.vectors import apply, read_vector, subtract, write_vector
 
@@ -77,21 +81,29 @@ def fine_tune(
     report: Report = NO_REPORT,
     *,
     device: str | None = None,
+    limits: PrivacyLimits = NO_LIMITS,
+    epsilon_spent: float = 0.0,
 ) -> FitResult:
     """Fine-tune on `domain.train`, stop early on `domain.valid`, write the vector of the best step.
 
-    `device` None takes CUDA where there is one. Raises DataError (too few examples), ModelError (the
-    loss is not finite, or a frozen tensor moved), VectorError, StorageError.
+    With differential privacy: as many steps as planned, and the vector of the last one. `device` None takes
+    CUDA where there is one. Raises GateError (more would be spent than `limits` leave after `epsilon_spent`),
+    ConfigError, DataError (too few examples), ModelError (the loss is not finite, or a frozen tensor moved),
+    VectorError, StorageError.
     """
     folder = fit_folder(domain, base_folder, config, work)
     finished = _finished(folder)
     if finished is not None:
         return finished
+    limits.check_run(config)
+    privacy = plan_privacy(config, len(domain.user_ids))
+    facts = Privacy() if privacy is None else privacy.facts()
+    limits.check(facts, epsilon_spent)
     report(phase="prepare")
     folder.mkdir(parents=True, exist_ok=True)
     training = config.training
     encoder = load_encoder(base_folder, config, device=device)
-    batches = TrainingBatches(encoder, domain, config, training.max_steps)
+    batches, kind = _batches(encoder, domain, config, privacy, folder)
     trained = train(
         encoder,
         batches,
@@ -101,10 +113,22 @@ def fine_tune(
         folder,
         report,
         max_steps=training.max_steps,
-        eval_every_steps=training.eval_every_steps,
+        eval_every_steps=training.eval_every_steps if privacy is None else training.max_steps,
+        kind=kind,
     )
     report(phase="write", step=trained.steps, total=training.max_steps)
-    return _write_result(folder, base_folder, config, trained)
+    return _write_result(folder, base_folder, config, trained, facts)
+
+
+def _batches(
+    encoder: Encoder, domain: Domain, config: RunConfig, privacy: PrivacyPlan | None, folder: Path
+) -> tuple[torch.utils.data.Dataset[Batch], type[EncoderTrainer]]:
+    """The training batches, and the trainer that takes them."""
+    if privacy is None:
+        return TrainingBatches(encoder, domain, config, config.training.max_steps), EncoderTrainer
+    from clients.training.private import PrivateBatches, PrivateTrainer, SecretRandom  # opacus is large
+
+    return PrivateBatches(encoder, domain, config, privacy, SecretRandom(folder / NOISE_KEY)), PrivateTrainer
 
 
 def fit_folder(domain: Domain, base_folder: Path, config: RunConfig, work: Path) -> Path:
@@ -123,19 +147,26 @@ def fit_key(domains: Sequence[Domain], base_folder: Path, config: RunConfig) -> 
         "base": model_digest(base_folder),
         "data": [data_digest(domain, config.text) for domain in domains],
     }
+    if config.privacy.mechanism != "none":
+        statement["privacy"] = config.privacy.model_dump(mode="json")
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_encoder(
     folder: Path, config: RunConfig, *, device: str | None = None, training: bool = True
 ) -> Encoder:
-    """The encoder as the configuration wants it, on CUDA where there is one (`device` None)."""
+    """The encoder as the configuration wants it, on CUDA where there is one (`device` None).
+
+    With differential privacy without dropout: its random state is public, and one user more would shift the
+    others' masks.
+    """
+    dropout = config.training.dropout if config.privacy.mechanism == "none" else 0.0
     return Encoder.load(
         folder,
         pooling=config.base.pooling,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=config.training.precision,
-        dropout=config.training.dropout if training else None,
+        dropout=dropout if training else None,
         for_training=training,
     )
 
@@ -165,8 +196,12 @@ def train(
     *,
     max_steps: int,
     eval_every_steps: int,
+    kind: type[EncoderTrainer] = EncoderTrainer,
 ) -> Trained:
-    """Train the encoder in place from its newest checkpoint in `folder`; returns the best tensors."""
+    """Train the encoder in place from its newest checkpoint in `folder`; returns the best tensors.
+
+    `batches` are of the sort that a trainer of this `kind` takes.
+    """
     section = config.training
     plan = Plan(
         learning_rate=section.learning_rate,
@@ -181,12 +216,13 @@ def train(
         metric=f"ndcg@{config.evaluation.k}",
     )
     tower = TwoTower(encoder, set(trainable_tensors(base_folder)), section.temperature)
-    trainer = EncoderTrainer(tower, batches, validate, plan, folder, report)
+    trainer = kind(tower, batches, validate, plan, folder, report)
     checkpoint = newest_checkpoint(folder)
     step = trainer.restore(checkpoint)
     if not trainer.progress.finished(step, plan):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
+    trainer.close()
     check_frozen(tower, base_folder)
     best = load_file(folder / f"{BEST_PREFIX}{trainer.progress.best_step}.safetensors")
     encoder.model.eval()
@@ -209,7 +245,9 @@ def check_frozen(tower: TwoTower, base_folder: Path) -> None:
             raise ModelError(f"frozen tensor {name!r} changed", next_step="do not send this model anywhere")
 
 
-def _write_result(folder: Path, base_folder: Path, config: RunConfig, trained: Trained) -> FitResult:
+def _write_result(
+    folder: Path, base_folder: Path, config: RunConfig, trained: Trained, facts: Privacy
+) -> FitResult:
     base = load_tensors(base_folder)
     vector_path, model_folder = folder / "vector.safetensors", folder / "model"
     write_vector(vector_path, subtract(trained.tensors, base), config.training.vector_codec)
@@ -232,11 +270,14 @@ def _write_result(folder: Path, base_folder: Path, config: RunConfig, trained: T
         "vector_path": vector_path.name,
         "model_folder": model_folder.name,
     }
+    if facts != Privacy():
+        write_claim(vector_path, facts)
     write_atomic(folder / JOURNAL, (json.dumps(record, indent=2) + "\n").encode())
     for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{BEST_PREFIX}*.safetensors"):
         path.unlink()
+    (folder / NOISE_KEY).unlink(missing_ok=True)
     return result
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from clients.privacy import PrivacyLimits
 from common.config import Frozen, RunConfig, validate
 from common.errors import FederationError, IsthmusError
 from common.files import write_atomic
@@ -67,6 +68,7 @@ class Job(Frozen):
     With `release.max_tpr` some users are left out, and a vector that tells too much is a LeakageError.
     `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
+    `limits` is what the owner demands of a fine-tuning's privacy, after `epsilon_spent` in earlier ones.
     `home`: what the trainer must not see, the folders above excepted; empty: it is not isolated.
     """
 
@@ -82,6 +84,8 @@ class Job(Frozen):
     fits: str = ""
     evaluate_after_fit: bool = True
     release: ReleaseLimit = ReleaseLimit()
+    limits: PrivacyLimits = PrivacyLimits()
+    epsilon_spent: float = 0.0
     threads: int = 0
     home: str = ""
     require_isolation: bool = False

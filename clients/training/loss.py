@@ -1,4 +1,8 @@
-"""The training objective: in-batch softmax over cosine / temperature (MergeRec sec. 2.2)."""
+"""The training objective: softmax over cosine / temperature (MergeRec sec. 2.2).
+
+Its negatives are the other items of the batch, or, where users must not see each other's (`clients.training.
+private`), items of the public catalog.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,18 @@ def in_batch_loss(
     if log_q_U is not None:
         logits_BU = logits_BU - log_q_U
     return nn.functional.cross_entropy(logits_BU.masked_fill(blocked_BU, -torch.inf), target_B)
+
+
+def own_candidates_loss(z_UE: Tensor, item_UIE: Tensor, blocked_UI: Tensor, temperature: float) -> Tensor:
+    """For each user `-log softmax_i(z . e_i / temperature)[0]` over candidates of its own (U).
+
+    The first candidate is the target; those where `blocked_UI` is True are left out. Embeddings: unit norm.
+    """
+    logits_UI = torch.einsum("ue,uie->ui", z_UE, item_UIE) / temperature
+    first_U = torch.zeros(len(z_UE), dtype=torch.int64, device=z_UE.device)
+    return nn.functional.cross_entropy(
+        logits_UI.masked_fill(blocked_UI, -torch.inf), first_U, reduction="none"
+    )
 
 
 class TwoTower(nn.Module):
@@ -60,6 +76,20 @@ class TwoTower(nn.Module):
         item_UE = self._encoder.forward(item_ids_UT, item_mask_UT)
         loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
         return {"loss": loss}
+
+    def user_losses(
+        self,
+        history_ids_UT: Tensor,
+        history_mask_UT: Tensor,
+        item_ids_UIT: Tensor,
+        item_mask_UIT: Tensor,
+        blocked_UI: Tensor,
+    ) -> Tensor:
+        """Each user's own loss (U) for rows of `private.PrivateBatches`; two users share no embedding."""
+        z_UE = self._encoder.forward(history_ids_UT, history_mask_UT)
+        item_NE = self._encoder.forward(item_ids_UIT.flatten(0, 1), item_mask_UIT.flatten(0, 1))
+        item_UIE = item_NE.reshape(*blocked_UI.shape, -1)
+        return own_candidates_loss(z_UE, item_UIE, blocked_UI, self._temperature)
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trainable parameters, by their names in the model's file (not copied)."""

@@ -48,13 +48,13 @@ def perform(job: Job, report: Report) -> dict[str, Any]:
 def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     work, base = Path(job.work), Path(job.base)
     fits, limit = Path(job.fits or job.work), job.release
-    if limit.max_tpr is None:
-        trained_on = domain
-        fitted = fine_tune(domain, base, job.config, fits, report)
-    else:
-        rows = hold_out(domain, limit.held_out_users, job.config.run.seed)
-        trained_on = domain.with_users(rows[0])
-        fitted = fine_tune(trained_on, base, job.config, fits, report)
+    limited = limit.max_tpr is not None
+    rows = hold_out(domain, limit.held_out_users, job.config.run.seed) if limited else None
+    trained_on = domain if rows is None else domain.with_users(rows[0])
+    fitted = fine_tune(
+        trained_on, base, job.config, fits, report, limits=job.limits, epsilon_spent=job.epsilon_spent
+    )
+    if rows is not None:
         check_release(fitted, domain, rows, base, job.config, limit, report)
     record = dataclasses.asdict(fitted)
     result: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in record.items()}

@@ -218,6 +218,9 @@ class EncoderTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is not None:
             restore_random(Path(checkpoint))
 
+    def close(self) -> None:
+        """After the last step."""
+
     # --- clock and log ------------------------------------------------------------------------------
 
     def elapsed_s(self) -> float:

@@ -237,7 +237,10 @@ def _print_domain(domain: DomainReport) -> None:
     typer.echo(f"\n{domain.domain} ({domain.pseudonym}), signer {domain.signer[:16]}: {verdict}")
     for what, tallies in (("sent", domain.sent), ("received", domain.received)):
         typer.echo(f"  {what}: {_listed(tallies)}")
-    spend = ", ".join(f"{p['kind']} epsilon {int(p['epsilon_e6']) / 1e6:g}" for p in domain.privacy)
+    spend = ", ".join(
+        f"{p['kind']} epsilon {int(p['epsilon_e6']) / 1e6:g}, delta {int(p['delta_e12']) / 1e12:g}"
+        for p in domain.privacy
+    )
     typer.echo(f"  privacy spend: {spend or 'no differential privacy was claimed'}")
     for item in domain.withdrawn:
         typer.echo(f"  {withdrawn(item)}")

@@ -164,8 +164,9 @@ def test_commands_of_the_owner(federation: LocalFederation, tmp_path: Path, data
     assert "never asks for an interaction" in shown.output
     home = ["--home", str(tmp_path / "home")]
     record = json.loads(invoke(client_command, ["status", "--json", *home]).output)
+    nothing = {"vectors": 0, "unprotected": 0, "epsilon": 0, "delta": 0}
     facts = {"domain": "music", "server": "pico", "now": {}, "model": None, "comparison": None}
-    assert record == {**facts, "withdrawn": False}
+    assert record == {**facts, "withdrawn": False, "privacy": nothing}
     assert "music: idle" in invoke(client_command, ["status", *home]).output
     refused = invoke(client_command, ["recommend", "--history", "i001", *home])
     assert isinstance(refused.exception, ConfigError)
