@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clients.cli import app
 from clients.home import ClientConfig, ClientHome, ServerAddress
 from clients.personal import interpolate, personal_model
+from clients.policy import write_policy
 from clients.serving import current_or_fail, install, own_model, recommend, set_own_model, settings_of
 from clients.training.evaluate import evaluate
 from clients.training.fit import load_encoder
@@ -107,6 +108,7 @@ def test_recommendations_read_items_as_their_model_was_trained_to(home: Path, pi
 def test_status_says_where_the_universal_model_is_worse(home: Path) -> None:
     address = ServerAddress(name="s", fleet="", exchange="", enrol="", public_key="", log_key="")
     ClientHome.write_config(home, ClientConfig(domain="tea", pseudonym="p", server=address, data=""))
+    write_policy(home)
     own = {"recall@10": 0.2, "ndcg@10": 0.1}
     for ndcg, worse in ((0.09, True), (0.1, False), (0.11, False)):
         record = {"universal": {"recall@10": 0.3, "ndcg@10": ndcg}, "own": own}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def domain() -> Any:
-    from conftest import build_domain
-
-    return build_domain(users=60)
+def domain(make_domain: Callable[..., Any]) -> Any:
+    return make_domain(users=60)
 
 
 @pytest.fixture
