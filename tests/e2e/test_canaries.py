@@ -112,6 +112,7 @@ def run_captured(federation: Federation, shops: dict[str, Shop], leaks: dict[str
             summary = federation.summary(run)["domains"]
             assert all(domain["delivered"] and not domain["lost"] for domain in summary.values())
             kill(*federation.alive())
+    federation.spaces = {}  # they are gone
     return crossing
 
 
