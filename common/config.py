@@ -283,10 +283,8 @@ class RunConfig(Frozen):
             data = {**data, "merge": [{"method": method} for method in ADAPTER_MERGES]}
         if isinstance(data, dict) and data.get("instruction") is not None:
             given = data.get("evaluation", {})
-            data = {
-                **data,
-                "evaluation": {**INSTRUCTION_EVALUATION, **given} if type(given) is dict else given,
-            }
+            if isinstance(given, dict):
+                data = {**data, "evaluation": {**INSTRUCTION_EVALUATION, **given}}
         return data
 
     @model_validator(mode="after")

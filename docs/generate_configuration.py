@@ -88,7 +88,7 @@ RUN_MEANINGS = {
     "evaluation.batch_size": "Histories encoded at once.",
     "lora.rank": "Columns of each B and rows of each A.",
     "lora.alpha": "The update is `alpha / rank * B A`.",
-    "instruction.candidates": "Titles in a prompt: the next item, and others drawn from what the user never had.",
+    "instruction.candidates": "Titles in a prompt: the next item, and others that the user never had.",
 }
 SIMULATION_MEANINGS = {
     "simulation.joint_steps": "Training steps of that reference.",

@@ -37,8 +37,10 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _VOLATILE_KEYS = ("base_model_name_or_path", "peft_version", "inference_mode")
-_UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out",
-                "layers_to_transform", "exclude_modules", "target_parameters", "trainable_token_indices")  # fmt: skip
+_UNSUPPORTED = (
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out",
+    "layers_to_transform", "exclude_modules", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
 
 
 def is_causal(base: Path) -> bool:
@@ -96,7 +98,7 @@ def adapter_tensors(base: Path, lora: LoraSection) -> dict[str, tuple[int, ...]]
 
 
 def check_adapter(adapter: Mapping[str, torch.Tensor], table: Table) -> None:
-    """Raises VectorError naming the first tensor that is missing, extra, of another rank or shape, or not finite.
+    """Raises VectorError naming the first tensor that is extra, missing, of another rank, or not finite.
 
     `table` is `adapter_tensors` of the run's base and `[lora]` section.
     """
@@ -163,7 +165,7 @@ def save_adapter(
     from common.vectors import save_tensors
 
     check_adapter(adapter, adapter_tensors(base, lora))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal(base) else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base_name,
@@ -212,12 +214,13 @@ def load_adapter(folder: Path) -> tuple[LoraSection, Adapter]:
             name = f"{PREFIX}{path}.lora_{letter}.weight"
             got = tuple(tensors[name].shape) if name in tensors else shape
             table[name] = tuple(at if want < 0 else want for want, at in zip(shape, got, strict=False))
+    file = folder / WEIGHTS_FILE
+    if not tensors:
+        raise VectorError(f"{file}: it has no tensors", next_step="obtain the adapter again")
     try:
         check_adapter(tensors, table)
-        if not table:
-            raise VectorError("it has no tensors", next_step="obtain the adapter again")
     except VectorError as err:
-        raise VectorError(f"{folder / WEIGHTS_FILE}: {err.message}", next_step=err.next_step) from None
+        raise VectorError(f"{file}: {err.message}", next_step=err.next_step) from None
     return lora, dict(sorted(tensors.items()))
 
 

@@ -28,8 +28,11 @@ __all__ = ["METHODS", "AdapterInputs", "AdapterMethod", "AdapterResult", "Option
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What a method merges. `adapters` are by domain, in the order of the names, float32 on the CPU, and of the
-    run's table; `catalogs` likewise; `work` is the merge's own folder, which survives a kill."""
+    """What a method merges.
+
+    `adapters` are by domain, in the order of the names, float32 on the CPU, and of the run's table; `catalogs`
+    likewise; `work` is the merge's own folder, which survives a kill.
+    """
 
     base: Path
     lora: LoraSection

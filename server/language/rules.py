@@ -1,7 +1,7 @@
-"""The rules of `server.adapters` as merge methods of a run: by factors, by exact product, KnOTS, entry by entry.
+"""The rules of `server.adapters` as merge methods of a run: factors, product, elementwise, KnOTS.
 
-What crosses keeps the run's rank and scaling `s = alpha / rank`, so an update `B A` whose scaling is 1 is sent
-as `B / sqrt(s)` and `A / sqrt(s)`, and a rule that raises the rank is cut back to the run's: the nearest
+What crosses keeps the run's rank and scaling `s = alpha / rank`, so an update `B A` whose scaling is 1 is
+sent as `B / sqrt(s)` and `A / sqrt(s)`, and a rule that raises the rank is cut back to the run's: the nearest
 update of that rank (Eckart and Young), with the largest relative residual of a layer among the facts.
 """
 
