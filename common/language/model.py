@@ -12,14 +12,17 @@ rebuild; texts are texts: a catalog title that spells a special token does not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from common.config import LoraSection
 from common.errors import ModelError
@@ -148,10 +151,19 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
     listed = find_vocabulary(folder)
     try:
         tokenizer = load_vocabulary(listed) if listed is not None else _own_tokenizer(folder)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
+        with _without_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise ModelError(
             f"{folder}: transformers cannot load it: {reason}", next_step="check the model folder"
@@ -172,6 +184,18 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
         )
     model.requires_grad_(False)
     return CausalLM(model.to(device).eval(), tokenizer)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers' own, which it draws without a terminal, too."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _own_tokenizer(folder: Path) -> Any:

@@ -37,8 +37,8 @@ def language_run(base: Path, **lora: Any) -> RunConfig:
             "run": {"name": "adapters"},
             "base": {"model": str(base)},
             "training": {
-                "batch_size": 4, "max_steps": 2, "warmup_steps": 1, "learning_rate": 1e-2, "precision": "fp32",
-                "eval_every_steps": 2, "checkpoint_every_steps": 2, "validation_users": 4,
+                "batch_size": 4, "max_steps": 2, "warmup_steps": 1, "learning_rate": 1e-2,
+                "precision": "fp32", "eval_every_steps": 2, "checkpoint_every_steps": 2, "validation_users": 4,
             },
             "lora": {"rank": 2, "alpha": 4.0, "modules": ["q_proj", "down_proj"], **lora},
             "instruction": {"candidates": 4},
@@ -95,7 +95,7 @@ def test_the_table_of_results_has_the_metrics_of_ranking(federation: LocalFedera
     assert list(summary["results"]) == ["zero-shot", "fine-tuned", "factors", "product", "knots", "universal"]
     for row in summary["results"].values():
         assert set(row) == set(federation.domains)
-        assert all(set(metrics) == {"ndcg@1", "ndcg@3", "recall@3"} for metrics in row.values())
+        assert all(set(metrics) == {"ndcg@1", "ndcg@3", "recall@3", "recall@10"} for metrics in row.values())
     assert summary["results"]["universal"] == summary["results"]["product"]
     assert "largest_cut_to_rank" in summary["merges"]["product"]["facts"]
     assert "factors" in (done.folder / "report.html").read_text()
