@@ -61,10 +61,7 @@ def rank_titles(
     kept = max(k, size // 3)
     while len(pool) > size:
         count = -(-len(pool) // size)
-        groups = [
-            pool[start :: -(-len(pool) // section.candidates)]
-            for start in range(-(-len(pool) // section.candidates))
-        ]
+        groups = [pool[start::count] for start in range(count)]
         ranked = _scores(lm, config, domain, history, groups)
         pool = [item for group in ranked for item, _ in group[:kept]]
     (last,) = _scores(lm, config, domain, history, [pool])
