@@ -269,7 +269,7 @@ class _Audit:
             self._find(log.shore, -1, "checkpoint", err.message)
             return
         if self._is_of(log, checkpoint):
-            log.covered = max(log.covered, checkpoint.size)
+            log.covered = checkpoint.size
 
     def _opened_checkpoint(self, note: str) -> tuple[str, Checkpoint]:
         """Whose ledger it is of, by today's log key or an earlier one. Raises LedgerError, SignatureError."""
@@ -294,8 +294,7 @@ class _Audit:
 
     def _check_notes(self, logs: dict[str, _Log]) -> None:
         """Cosigned checkpoints, whoever kept them, must be of the ledgers in the bundle."""
-        cosigners = [(shore, verifier) for shore, verifier in self._logs.values()]
-        cosigners += [(witness.peer, witness.verifier) for witness in self._root.witnesses]
+        cosigners = [*self._logs.values(), *((one.peer, one.verifier) for one in self._root.witnesses)]
         for text in self._bundle.notes():
             try:
                 shore, checkpoint = self._opened_checkpoint(text)
@@ -305,9 +304,10 @@ class _Audit:
             log = logs.get(shore)
             if log is None or not self._is_of(log, checkpoint):
                 continue
+            note = Note.parse(text)
             for name, verifier in cosigners:
                 with contextlib.suppress(SignatureError):
-                    seen = Cosigned(checkpoint.size, Note.parse(text).cosigned_by(verifier))
+                    seen = Cosigned(checkpoint.size, note.cosigned_by(verifier))
                     log.cosigned[name] = max(log.cosigned.get(name, seen), seen, key=lambda one: one.size)
 
     def _check_witnessed(self, log: _Log) -> None:

@@ -163,14 +163,8 @@ def test_a_server_killed_in_every_phase_asks_nothing_twice_and_publishes_the_sam
     for name, options in [*SERVER_DEATHS, ("", {})]:
         grid = federation.grid()
         with monkeypatch.context() as patch:
-            if name in ACTIONS:  # the first owner has done it, but its reply is lost with the server
-
-                def die(domain: str, action: str, message: Message, now: str = name) -> None:
-                    if action == now:
-                        call_owner(federation.path(domain), message, federation.fab)
-                        raise KilledError
-
-                grid.intercept = die
+            if name in ACTIONS:
+                grid.intercept = federation.killed_after(name)
             elif name:
                 patch.setattr(name, dying(resolve(name), **options))
             with pytest.raises(KilledError) if name else nullcontext():
