@@ -255,10 +255,10 @@ ModelT = TypeVar("ModelT", bound=Frozen)
 def load_toml(path: Path, model: type[ModelT]) -> ModelT:
     """Read `path` as `model`. Raises ConfigError naming the file, the key and the nearest known key."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", next_step="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
     return validate(data, model, where=str(path))
 
