@@ -53,6 +53,9 @@ class RunSection(Frozen):
     deadline_minutes: float = Field(
         24 * 60, gt=0, description="how long each round waits for every domain; then the quorum is enough"
     )
+    max_norm: float | None = Field(
+        None, gt=0, description="L2 norm that a task vector may have; None: that of the base's own tensors"
+    )
 
 
 class BaseSection(Frozen):

@@ -90,6 +90,7 @@ class Shore:
                 tensors=self.tensors,
                 rounds=3,
                 metrics=frozenset({"recall@10", "ndcg@10"}),
+                max_norm=1000.0,
             )
         )
 

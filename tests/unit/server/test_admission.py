@@ -415,7 +415,9 @@ def test_every_changed_byte_of_an_envelope_is_refused(shore: Shore, toys: Owner)
 def test_open_run_in_another_process_is_seen(shore: Shore, toys: Owner) -> None:
     before = shore.store.run("later")
     shore.restart()
-    shore.store.open_run(OpenRun(run="later", base_digest="0" * 64, domains=frozenset(), tensors={}))
+    shore.store.open_run(
+        OpenRun(run="later", base_digest="0" * 64, domains=frozenset(), tensors={}, max_norm=9.0)
+    )
     assert before is None
     assert toys.shore.store.run("later") is not None
     assert Header.stored(toys.vector().envelope).created_s <= time.time()
