@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 
 from common.audit.bundle import Bundle
 from common.audit.cli import app
-from common.audit.verify import AuditReport, _Audit, _Parcel, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import _Audit, _Parcel, verify
 from common.errors import RefusedError
 from common.files import sha256_bytes
 from common.ledger import Crossing, Ledger

@@ -13,7 +13,8 @@ from clients.home import ClientHome
 from clients.rotation import accept_server_keys, rotate
 from clients.up import up
 from common.audit.bundle import Bundle
-from common.audit.verify import AuditReport, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import verify
 from common.errors import ConfigError, RefusedError, SignatureError
 from common.parcels import SERVER, Codec, Kind, draft, seal_parcel
 from common.payloads import encode_values

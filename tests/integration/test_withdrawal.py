@@ -31,7 +31,8 @@ from clients.exchange_client import ExchangeClient
 from clients.export import export as export_owner
 from clients.serving import current
 from common.audit.bundle import Bundle
-from common.audit.verify import AuditReport, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import verify
 from common.audit.withdrawals import NOT_MERGED
 from common.errors import FederationError, RefusedError
 from common.ledger import Ledger

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from clients.cosigning import exchange_checkpoints
 from common.audit.bundle import Bundle
 from common.audit.cli import app as audit_command
-from common.audit.verify import AuditReport, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import verify
 from common.checkpoints import LedgerHome
 from common.cosigning import Cosigner
 from common.errors import LedgerError, ParcelError, ProofError, SignatureError
