@@ -29,12 +29,12 @@ from torch import Tensor
 from common.catalog import Catalog
 from common.coefficients import Granularity, as_table, group_tensors
 from common.config import LearningSection, TextSection
+from common.digests import json_digest
 from common.errors import ModelError
 from common.learning_state import LearningState, Trajectory
 from common.models.base import Pooling
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
-from server.digests import json_digest
 from server.learning.losses import LOSSES, Loss
 from server.learning.merged import MergedModel
 from server.learning.objective import Objective
