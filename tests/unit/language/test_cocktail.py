@@ -115,7 +115,6 @@ def test_entropy_falls_and_the_weights_stay_in_the_simplex(
     changed = {"rule": rule, "learning_rate": 0.0, "steps": 12, "prompts": 12, "holdout": 0.5}
     options = QUICK.model_copy(update=changed)
     made = mix_by_entropy(lm, "base", LORA, adapters, template, records(12), options, tmp_path)
-    print(made.facts)
     losses = made.facts["held_back_loss"]
     assert losses["learned"] < losses["equal"] - 0.1
     assert losses["alone"]["s"] < losses["alone"]["g"] and made.weights["all"]["s"] > 0.6
