@@ -14,6 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.config import RunConfig
+
+VALID_ANSWERS = "valid-answers"  # share of generated answers that name candidates, and each once
+
 
 def ranks(scores_BI: Tensor, target_B: Tensor, mask_BI: Tensor | None = None) -> Tensor:
     """The rank (1 = best, int64) of each row's target among all items of the row.
@@ -45,6 +49,12 @@ def ndcg_gains(rank_B: Tensor, k: int = 10) -> Tensor:
     """What each row adds to `ndcg_at_k`, float64: `1 / log2(1 + rank)` where `rank <= k`, else 0."""
     gain_B = 1.0 / torch.log2(1.0 + rank_B.to(torch.float64))
     return torch.where(rank_B <= k, gain_B, torch.zeros_like(gain_B))
+
+
+def run_metrics(config: RunConfig) -> tuple[str, ...]:
+    """Every metric that a run of `config` may report."""
+    names = metric_names(config.evaluation.k)
+    return names if config.instruction is None else (*dict.fromkeys((*names, "ndcg@1", VALID_ANSWERS)),)
 
 
 def metric_names(k: int = 10) -> tuple[str, str]:

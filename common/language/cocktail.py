@@ -35,6 +35,7 @@ from common.coefficients import as_table
 from common.config import Frozen, LoraSection
 from common.digests import json_digest, vector_digest
 from common.errors import DataError, ModelError
+from common.files import write_atomic
 from common.language.adapters import Adapter
 from common.language.mixing import Mixture, Rule, cut, section_of_rank
 from common.language.model import CausalLM
@@ -55,7 +56,6 @@ class CocktailOptions(Frozen):
     """How the weights of a cocktail are learned."""
 
     rule: Rule = Field("factors", description="`factors` mixes A and B (the paper), `product` what they do")
-    rank: int = Field(0, ge=0, description="cut the mix to this rank; 0 keeps what the rule gives")
     granularity: Literal["domain", "layer"] = Field("domain", description="a weight an adapter, or a layer")
     constraint: Literal["simplex", "free"] = Field(
         "simplex", description="`free`: any numbers, from 1/N each, instead of a softmax"
@@ -129,12 +129,14 @@ def mix_by_entropy(
     options: CocktailOptions,
     work: Path,
     *,
+    rank: int | None = None,
     most_tokens: int = 1024,
     report: Report = NO_REPORT,
 ) -> Cocktail:
     """Mix `adapters` (label -> adapter, all trained with `lora` on the base of digest `base`) for `records`.
 
-    At most `options.prompts` of the records count, drawn by the seed. The model is left without adapter.
+    At most `options.prompts` of the records count, drawn by the seed, each cut to `most_tokens`. With `rank` the
+    result is cut to it (`product` adds the ranks up while the weights are learned). The model is left without adapter.
     Raises DataError (a label, no prompts), VectorError (adapters that do not go together), ConfigError,
     ModelError where an entropy is not finite.
     """
@@ -147,7 +149,7 @@ def mix_by_entropy(
         return first_token_entropies(lm, [prompts[n] for n in numbers], options.tokens, options.batch_size)
 
     key = json_digest({"objective": "entropy", "prompts": prompts, "base": base})
-    return mix_by(lm, lora, adapters, loss, len(prompts), options, work, key=key, report=report)
+    return mix_by(lm, lora, adapters, loss, len(prompts), options, work, key=key, rank=rank, report=report)
 
 
 def mix_by(
@@ -160,6 +162,7 @@ def mix_by(
     work: Path,
     *,
     key: str,
+    rank: int | None = None,
     report: Report = NO_REPORT,
 ) -> Cocktail:
     """Mix `adapters` by the weights of the lowest `loss` over prompts 0 .. `prompts` - 1.
@@ -175,7 +178,7 @@ def mix_by(
     mixture = Mixture(adapters, options.rule, options.granularity, lm.device)
     section = section_of_rank(lora, mixture.rank)
     digests = {label: vector_digest(adapter) for label, adapter in adapters.items()}
-    settings = options.model_dump(exclude={"learning_rate", "rank"})
+    settings = options.model_dump(exclude={"learning_rate"})
     key = json_digest({"version": STATE_VERSION, "key": key, "adapters": digests, "options": settings,
                        "lora": lora.model_dump(mode="json")})  # fmt: skip
     lm.attach(section)
@@ -188,17 +191,16 @@ def mix_by(
         alone = run.alone()
     finally:
         lm.detach()
-    adapter, rank = mixture.at(weights_GD), options.rank or mixture.rank
-    cut_off: dict[str, float] = {}
-    if rank != mixture.rank:
-        adapter, cut_off = cut(adapter, rank)
+    adapter = {name: tensor.cpu() for name, tensor in mixture.at(weights_GD).items()}
+    facts = {"rule": options.rule, **_facts(states, rate, alone, run)}
+    if rank is not None and rank != mixture.rank:
+        adapter, residuals = cut(adapter, rank)
         section = section_of_rank(lora, rank)
-    adapter = {name: tensor.cpu() for name, tensor in adapter.items()}
-    facts = _facts(states, rate, alone, run) | {"rule": options.rule, "rank": rank}
-    if cut_off:
-        facts["largest_residual"] = max(cut_off.values())
+        facts["largest_residual"] = max(residuals.values())
     table = as_table(weights_GD, mixture.groups, mixture.labels)
-    return Cocktail(adapter, section, table, facts, run.trajectory(rate).path)
+    trajectory_path = work / "trajectory.jsonl"
+    write_atomic(trajectory_path, run.trajectory(rate).path.read_bytes())
+    return Cocktail(adapter, section, table, facts, trajectory_path)
 
 
 class _Run:

@@ -137,8 +137,8 @@ def test_entropy_falls_and_the_weights_stay_in_the_simplex(
 def test_the_product_can_be_cut_to_the_rank(
     lm: Any, adapters: dict[str, Adapter], template: Template, tmp_path: Path
 ) -> None:
-    options = QUICK.model_copy(update={"rule": "product", "rank": 2, "steps": 2})
-    made = mix_by_entropy(lm, "base", LORA, adapters, template, records(), options, tmp_path)
+    options = QUICK.model_copy(update={"rule": "product", "steps": 2})
+    made = mix_by_entropy(lm, "base", LORA, adapters, template, records(), options, tmp_path, rank=2)
     assert made.lora == LORA and 0 < made.facts["largest_residual"] < 1
     assert {name: tuple(t.shape) for name, t in made.adapter.items()} == {
         name: tuple(t.shape) for name, t in adapters["g"].items()
@@ -150,8 +150,8 @@ def test_identical_adapters_give_the_adapter(
     lm: Any, adapters: dict[str, Adapter], template: Template, tmp_path: Path, rule: Any
 ) -> None:
     same = {"g": adapters["s"], "s": dict(adapters["s"])}
-    options = QUICK.model_copy(update={"rule": rule, "rank": 2})
-    made = mix_by_entropy(lm, "base", LORA, same, template, records(), options, tmp_path)
+    options = QUICK.model_copy(update={"rule": rule})
+    made = mix_by_entropy(lm, "base", LORA, same, template, records(), options, tmp_path, rank=2)
     for path in {name.split(".lora_")[0] for name in made.adapter}:
         got, expected = (
             a[f"{path}.lora_B.weight"] @ a[f"{path}.lora_A.weight"] for a in (made.adapter, adapters["s"])
