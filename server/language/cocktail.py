@@ -196,7 +196,7 @@ def _pseudo(
     options: PseudoOptions,
     lm: CausalLM,
     template: Template,
-    catalogs: Mapping[str, Any],
+    domains: Sequence[str],
 ) -> dict[str, list[Ranking]]:
     """Pseudo-users' rankings; those that are rolled out are so by the adapter of their own domain."""
     from common.language.scoring import candidate_scores
