@@ -19,7 +19,7 @@ from torch import Tensor
 from common.config import RunConfig
 from common.errors import DataError
 
-VALID_ANSWERS = "valid-answers"  # share of generated answers that name candidates, and each once
+VALID_ANSWERS = "valid-answers"  # share of generated answers that name a candidate
 
 
 def ranks(scores_BI: Tensor, target_B: Tensor, mask_BI: Tensor | None = None) -> Tensor:
