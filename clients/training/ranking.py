@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from clients.data.domain import Domain
-from clients.data.instructions import ranking_set
+from clients.data.instructions import ranking_set, rankings_of
 from clients.training.evaluate import Evaluation, Split
 from common.config import InstructionSection, RunConfig
-from common.language.evaluation import evaluate_rankings
+from common.language.evaluation import evaluate_rankings, fit
 from common.language.model import CausalLM
 from common.language.prompts import Template
+from common.language.scoring import answer_losses
 from common.metrics import VALID_ANSWERS
 from common.progress import NO_REPORT, Report, prefixed
 
@@ -52,7 +56,7 @@ def evaluate_domain(
     )
     if drawn.left_out:
         log.warning("%s: users without a ranking task: %s", split, drawn.left_out)
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": config.evaluation.batch_size,
         "max_prompt_tokens": section.max_prompt_tokens,
         "report": prefixed(report, phase, "rank"),
@@ -79,3 +83,27 @@ def evaluate_domain(
         rank_U=found.rank_N.numpy(),
         target_U=np.asarray(targets)[user_U].astype(np.int64),
     )
+
+
+def user_losses(
+    lm: CausalLM, domain: Domain, config: RunConfig, report: Report = NO_REPORT
+) -> npt.NDArray[np.float64]:
+    """Each user's mean negative log-likelihood a token of the last training answer: [U].
+
+    A user without a training task has no loss to tell anything: 0. Raises DataError where nobody has one.
+    """
+    section = config.instruction or InstructionSection()
+    template, batch_size = Template.load(section.template), config.evaluation.batch_size
+    rankings = rankings_of(
+        domain, "train", config.run.seed, section.candidates, history_items=section.history_items
+    )
+    row_of = {user: row for row, user in enumerate(domain.user_ids)}
+    loss_U = np.zeros(len(domain.user_ids))
+    for start in range(0, len(rankings), batch_size):
+        report(phase="leakage: users", step=start, total=len(rankings))
+        chosen = fit(lm, template, rankings[start : start + batch_size], section.max_prompt_tokens)
+        pairs = [(template.ranking_prompt(ranking), template.ranking_answer(ranking)) for ranking in chosen]
+        with torch.no_grad():
+            loss_B = answer_losses(lm, pairs, batch_size).cpu().numpy()
+        loss_U[[row_of[ranking.user] for ranking in chosen]] = loss_B
+    return loss_U
