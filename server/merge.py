@@ -18,13 +18,13 @@ from typing import Any
 
 from common.catalog import Catalog
 from common.config import LoraSection, MergeMethod, RunConfig, validate
+from common.digests import catalog_digest, json_digest, vector_digest
 from common.errors import ConfigError, IsthmusError
 from common.files import sha256_file, write_atomic
 from common.language.adapters import adapter_tensors, check_adapter
 from common.models.base import model_digest
 from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
-from server.digests import catalog_digest, json_digest, vector_digest
 from server.learning import learn
 from server.learning.choose import Judge, pick
 from server.learning.grams import GRAM_ITEMS, gram_matrices
@@ -312,7 +312,7 @@ def _result(record: dict[str, Any], vector: TaskVector, folder: Path, *, resumed
         vector=vector,
         coefficients=record["coefficients"],
         seconds=record["seconds"],
-        trajectory_path=trajectory if record["method"] in LOSSES and trajectory.is_file() else None,
+        trajectory_path=trajectory if record["coefficients"] and trajectory.is_file() else None,
         inputs=record["inputs"],
         resumed=resumed,
         facts=record.get("facts", {}),

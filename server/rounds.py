@@ -104,6 +104,7 @@ def open_run(run: Run, **changes: Any) -> OpenRun:
         "tensors": {name: tuple(shape) for name, shape in run.spec.tensors.items()},
         "rounds": ROUND[INSTALL] + 1,
         "metrics": frozenset(run_metrics(run.spec.config)),
+        "max_norm": run.spec.config.run.max_norm,
     }
     return OpenRun(**{**facts, **changes})
 
@@ -260,7 +261,7 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
         result,
         domains=[pseudonyms[name] for name in result.domains],
         coefficients={
-            group: {pseudonyms[name]: value for name, value in row.items()}
+            group: {pseudonyms.get(name, name): value for name, value in row.items()}  # or a base spirit
             for group, row in result.coefficients.items()
         },
         inputs={**result.inputs, **digests},

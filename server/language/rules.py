@@ -17,9 +17,9 @@ import torch
 
 from common.config import LoraSection
 from common.language.adapters import PREFIX, Adapter
+from common.low_rank import truncate
 from common.models.weights import WeightEntry
 from server import adapters as local
-from server.adapters._factors import truncate
 from server.adapters._read import Adapter as Read
 from server.adapters._read import Module
 from server.adapters.rules import resolve

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
+from common.coefficients import Granularity
 from common.config import MergeMethod, validate
 from common.errors import ConfigError
-from server.learning.coefficients import Granularity
 from server.learning.losses import LOSSES
 from server.learning.optimise import PLAIN
 from server.merging import methods, processes
@@ -97,6 +97,6 @@ def _option(pair: str, where: str) -> tuple[str, float | int | str | bool]:
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a word
     return key, value if isinstance(value, int | float | str | bool) else text
