@@ -128,15 +128,14 @@ def _cocktail(
             precision=config.training.precision,
             device="cuda" if torch.cuda.is_available() else "cpu", report=report,
         )  # fmt: skip
-        share, held_back = f"{made.weights['all'][INGREDIENT]:.4f}", made.facts["held_back_loss"]
+        share, held_back = round(made.weights["all"][INGREDIENT], 4), made.facts["held_back_loss"]
         entropies = {
-            "0": held_back["alone"][SPIRIT],
-            "0.5": held_back["equal"],
-            "1": held_back["alone"][INGREDIENT],
+            0.0: held_back["alone"][SPIRIT],
+            0.5: held_back["equal"],
+            1.0: held_back["alone"][INGREDIENT],
+            share: held_back["learned"],
         }
-        metrics = {
-            at: {"entropy": value} for at, value in ({**entropies, share: held_back["learned"]}).items()
-        }
+        metrics = {f"{at:g}": {"entropy": entropies[at]} for at in sorted(entropies)}
         digests = {name: folder_digest(folder) for name, folder in folders.items()}
         personal = Personal(share, metrics, digests["universal"], digests["own"])
         write_atomic(chosen / RECORD, (json.dumps(dataclasses.asdict(personal), indent=1) + "\n").encode())
