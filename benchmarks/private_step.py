@@ -1,9 +1,9 @@
 """The clipped sum of one private step (`clients.training.clipping`) against per-user gradients by Opacus.
 
-The baseline holds the gradient of each user, 8 users at a time, as `GradSampleHooks` makes them, and embeds the
-negatives once for each user: what Isthmus did before. The floor is a bare forward and backward pass of the same
-loss, without clipping and so without privacy. All see the same random texts, of the lengths that real titles
-of 8 tokens and histories of 32 have. First both sums are compared.
+The baseline holds the gradient of each user, 8 users at a time, as `GradSampleHooks` makes them, and embeds
+the negatives once for each user: what Isthmus did before. The floor is a bare forward and backward pass of
+the same loss, without clipping and so without privacy. All see the same random texts, of the lengths that
+real titles of 8 tokens and histories of 32 have. First both sums are compared.
 
     python -m benchmarks.private_step
     python -m benchmarks.private_step --size full --out runs/private_step.json
@@ -64,7 +64,8 @@ def per_user(tower: TwoTower, hooks: UserHooks, batch: Batch) -> Gradients:
         item_UIE = tower.embed(
             *(
                 torch.cat(
-                    [rows[f"target_{what}_UT"][:, None], batch[f"negative_{what}_IT"].expand(users, -1, -1)], 1
+                    [rows[f"target_{what}_UT"][:, None], batch[f"negative_{what}_IT"].expand(users, -1, -1)],
+                    1,
                 ).flatten(0, 1)
                 for what in ("ids", "mask")
             )

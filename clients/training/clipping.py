@@ -1,14 +1,14 @@
 """The sum of users' clipped gradients, with no user's gradient in memory: ghost clipping.
 
 For one user, a linear layer's gradient is `B^T A`, where `A` (inputs) and `B` (the loss's gradient of the
-outputs) have a row for each token of that user's texts. The square of its norm is the sum of `(A A^T) * (B B^T)`,
-entry by entry (Goodfellow, "Efficient per-example gradient computations", 2015); where the tokens are so many
-that the gradient itself is cheaper it is made, measured and dropped, layer by layer. The norms give each user's
-factor, and one product a layer the sum: inputs and gradients of outputs are kept for it (Bu et al.,
-"Differentially private optimization on large foundation models at low cost", ICML 2023).
+outputs) have a row for each token of that user's texts. The square of its norm is the sum of all entries of
+`(A A^T) * (B B^T)` (Goodfellow, "Efficient per-example gradient computations", 2015); where tokens are so
+many that the gradient itself is cheaper, it is made, measured and dropped, layer by layer. The norms give
+each user's factor, and one product a layer the sum: inputs and gradients of outputs are kept for it (Bu et
+al., "Differentially private optimization on large foundation models at low cost", ICML 2023).
 
-The users of a step have the same negatives, and nothing is random: so the model embeds them once for all. What
-flows back through them is each user's own.
+The users of a step have the same negatives, and nothing is random: so the model embeds them once for all.
+What flows back through them is each user's own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class GhostClipping:
             losses.append(loss_U)
             history.backward(grad_UE)
             target.backward(grad_target_UE)
-            own = {layer: _side_by_side(history.tokens(layer), target.tokens(layer)) for layer in self._layers}
+            own = {
+                layer: _side_by_side(history.tokens(layer), target.tokens(layer)) for layer in history.calls
+            }
             factor_U = _factors(shared.norms(own, grad_UIE), clip)
             for layer, (a_UTC, b_UTR) in own.items():
                 _add(summed, layer, a_UTC.flatten(0, 1), (b_UTR * factor_U[:, None, None]).flatten(0, 1))
@@ -94,10 +96,10 @@ class GhostClipping:
     ) -> tuple[Tensor, ...]:
         """Each user's loss (U), and its gradient of the user's embedding, the target's and the negatives'."""
         with torch.enable_grad():
-            own = [z_UE.detach().requires_grad_(), target_UE.detach().requires_grad_()]
+            z_UE, target_UE = z_UE.detach().requires_grad_(), target_UE.detach().requires_grad_()
             negative_UIE = negative_IE.detach().repeat(len(z_UE), 1, 1).requires_grad_()
-            loss_U = self._tower.own_losses(*own, negative_UIE, blocked_UI)
-            return loss_U.detach(), *torch.autograd.grad(loss_U.sum(), [*own, negative_UIE])
+            loss_U = self._tower.own_losses(z_UE, target_UE, negative_UIE, blocked_UI)
+            return loss_U.detach(), *torch.autograd.grad(loss_U.sum(), [z_UE, target_UE, negative_UIE])
 
     def _begin(self, _words: nn.Module, _inputs: object, output: Tensor) -> None:
         """What flows back ends at the word embeddings, which are frozen."""
@@ -116,19 +118,22 @@ class GhostClipping:
             for call in calls:
                 if call.input.shape[:-1] != (rows, tokens):
                     raise ModelError(
-                        f"layer {names[layer]!r} takes {tuple(call.input.shape)} for {rows} texts of {tokens} "
-                        "tokens: dp-sgd cannot tell users apart in it",
+                        f"layer {names[layer]!r} takes {tuple(call.input.shape)} for {rows} texts of "
+                        f"{tokens} tokens: dp-sgd cannot tell users apart in it",
                         next_step="use a model of the BERT or RoBERTa kind, or no differential privacy",
                     )
 
 
 class Call:
-    """One call of a layer: `input` and, once something flowed back, `grad` of the output; (rows, tokens, width)."""
+    """One call of a layer: its `input` and, once something flowed back, the `grad` of its output.
+
+    Both are (rows, tokens, width).
+    """
 
     def __init__(self, input_: Tensor, output: Tensor) -> None:
         self.input = input_
         self.grad = output.detach().new_zeros(()).expand(output.shape)
-        output.register_hook(self._keep)
+        output.register_hook(self._keep)  # type: ignore[no-untyped-call]
 
     def _keep(self, grad: Tensor) -> None:
         self.grad = grad
@@ -144,16 +149,16 @@ class Pass:
         self.calls: dict[nn.Module, list[Call]] = {}
 
     def backward(self, grad_NE: Tensor, *, again: bool = False) -> None:
-        """Bring a gradient of the embeddings to every call, and to no parameter; `again`: not the last time."""
+        """Bring a gradient of the embeddings to every call; `again`: not the last time.
+
+        It goes as far as the word embeddings, and to no parameter.
+        """
         torch.autograd.grad(self.z_NE, self.start, grad_NE, retain_graph=again)
 
     def tokens(self, layer: nn.Module) -> Tokens:
         """What the layer saw in all its calls: (rows, tokens, width), in float32."""
-        calls = self.calls.get(layer, [])
-        return (
-            torch.cat([call.input.float() for call in calls], dim=1),
-            torch.cat([call.grad.float() for call in calls], dim=1),
-        )
+        calls = self.calls[layer]
+        return _joined([call.input for call in calls]), _joined([call.grad for call in calls])
 
 
 class Shared:
@@ -196,18 +201,15 @@ class Shared:
         return [(layer, (self._a[layer], b_TR)) for layer, b_TR in self._weighed.items()]
 
     def _square(self, layer: nn.Module, own: Tokens, b_TR: Tensor) -> Tensor:
-        """The square of the norm of one user's gradient of one layer."""
-        count = len(own[0])
-        a_TC, b_TR = torch.cat([own[0], self._a[layer]]), torch.cat([own[1], b_TR])
-        if not isinstance(layer, nn.Linear) or not _gram_is_cheaper(count, a_TC, b_TR):
-            gradients = _gradients(layer, a_TC, b_TR).values()
+        """The square of the norm of one user's gradient of one layer; `b_TR` is of the negatives."""
+        (own_TC, own_TR), a_TC = own, self._a[layer]
+        if not isinstance(layer, nn.Linear) or not _gram_is_cheaper(own_TC, a_TC, b_TR):
+            gradients = _gradients(layer, torch.cat([own_TC, a_TC]), torch.cat([own_TR, b_TR]))
             return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-        gram_TT = b_TR @ b_TR.T
-        mine_TT = a_TC[:count] @ a_TC.T
-        square = (mine_TT[:, :count] * gram_TT[:count, :count]).sum()
-        square = square + 2 * (mine_TT[:, count:] * gram_TT[:count, count:]).sum()
-        square = square + (self._gram[layer] * gram_TT[count:, count:]).sum()
-        return square if layer.bias is None else square + b_TR.sum(0).square().sum()
+        square = ((own_TC @ own_TC.T) * (own_TR @ own_TR.T)).sum()
+        square = square + 2 * ((own_TC @ a_TC.T) * (own_TR @ b_TR.T)).sum()
+        square = square + (self._gram[layer] * (b_TR @ b_TR.T)).sum()
+        return square if layer.bias is None else square + (own_TR.sum(0) + b_TR.sum(0)).square().sum()
 
 
 def _trained_layers(model: nn.Module) -> list[nn.Module]:
@@ -232,13 +234,19 @@ def _trained_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _side_by_side(left: Tokens, right: Tokens) -> Tokens:
-    return torch.cat([left[0], right[0]], dim=1), torch.cat([left[1], right[1]], dim=1)
+    return _joined([left[0], right[0]]), _joined([left[1], right[1]])
 
 
-def _gram_is_cheaper(own: int, a_TC: Tensor, b_TR: Tensor) -> bool:
-    """Whether the products over tokens (those among the negatives' inputs are made once) take less than `B^T A`."""
-    tokens, inputs, outputs = len(a_TC), a_TC.shape[1], b_TR.shape[1]
-    return own * inputs + tokens * outputs < inputs * outputs
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The tokens of all parts (rows, tokens, width), in float32."""
+    return parts[0].float() if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=1)
+
+
+def _gram_is_cheaper(own_TC: Tensor, a_TC: Tensor, b_TR: Tensor) -> bool:
+    """Whether products over tokens take less than `B^T A`; those of the negatives' inputs are made once."""
+    own, shared, inputs, outputs = len(own_TC), len(a_TC), a_TC.shape[1], b_TR.shape[1]
+    products = own * (own + shared) * (inputs + outputs) + shared**2 * outputs
+    return products < (own + shared) * inputs * outputs
 
 
 def _factors(norm_U: Tensor, clip: float) -> Tensor:
@@ -250,15 +258,18 @@ def _factors(norm_U: Tensor, clip: float) -> Tensor:
     return (clip / (norm_U + 1e-6)).clamp(max=1.0)
 
 
-def _gradients(layer: nn.Module, a_TC: Tensor, b_TR: Tensor) -> Gradients:
-    """The gradient of a layer's parameters over these tokens."""
+def _gradients(layer: nn.Module, a_TC: Tensor, b_TR: Tensor) -> list[Tensor]:
+    """The gradients of the layer's weight and, where it has one, bias over these tokens."""
     if isinstance(layer, nn.LayerNorm):
-        found = {layer.weight: (nn.functional.layer_norm(a_TC, layer.normalized_shape, eps=layer.eps) * b_TR).sum(0)}
+        normal_TC = nn.functional.layer_norm(a_TC, layer.normalized_shape, eps=layer.eps)
+        weight = (normal_TC * b_TR).sum(0)
     else:
-        found = {layer.weight: b_TR.T @ a_TC}
-    return found if layer.bias is None else {**found, layer.bias: b_TR.sum(0)}
+        weight = b_TR.T @ a_TC
+    return [weight] if layer.bias is None else [weight, b_TR.sum(0)]
 
 
 def _add(summed: Gradients, layer: nn.Module, a_TC: Tensor, b_TR: Tensor) -> None:
-    for parameter, gradient in _gradients(layer, a_TC, b_TR).items():
+    for parameter, gradient in zip(
+        layer.parameters(recurse=False), _gradients(layer, a_TC, b_TR), strict=True
+    ):
         summed[parameter] += gradient

@@ -137,7 +137,9 @@ class PrivateBatches(Dataset[Batch]):
             ("target_{}_UT", [self._tokens.item(int(items[-1])) for items in past]),
             ("negative_{}_IT", [self._tokens.item(int(item)) for item in negatives]),
         ):
-            ids_NT, mask_NT = self._encoder.batch(texts) if texts else 2 * [torch.zeros(0, 1, dtype=torch.int64)]
+            ids_NT, mask_NT = (
+                self._encoder.batch(texts) if texts else 2 * [torch.zeros(0, 1, dtype=torch.int64)]
+            )
             batch |= {name.format("ids"): ids_NT, name.format("mask"): mask_NT}
         return batch
 

@@ -1,8 +1,8 @@
-"""Ghost clipping: the sum is that of each user's own gradient, computed alone and cut, however it is computed."""
+"""Ghost clipping: the sum is that of each user's own gradient, computed alone and cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +110,10 @@ def test_the_sum_is_that_of_each_users_own_clipped_gradient(
     assert all(parameter.grad is None for parameter in tower.parameters())
 
 
-@pytest.mark.parametrize(("own", "tokens", "cheaper"), [(42, 122, True), (160, 640, False)])
+@pytest.mark.parametrize(("own", "tokens", "cheaper"), [(42, 80, True), (160, 480, False)])
 def test_the_cheaper_way_to_a_norm_is_taken(own: int, tokens: int, cheaper: bool) -> None:
-    assert clipping._gram_is_cheaper(own, torch.zeros(tokens, 384), torch.zeros(tokens, 384)) is cheaper
+    own_TC, a_TC = torch.zeros(own, 384), torch.zeros(tokens, 384)
+    assert clipping._gram_is_cheaper(own_TC, a_TC, a_TC) is cheaper
 
 
 def test_one_user_more_or_less_moves_the_sum_by_the_clip_at_most(
@@ -144,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_refused(tower: TwoTower, ghost: GhostC
 def test_a_layer_that_cannot_be_bounded_is_refused(pico_model: Path) -> None:
     tower = tower_of(pico_model)
     tower.backbone.get_input_embeddings().weight.requires_grad_()
-    with pytest.raises(ModelError, match="'embeddings.word_embeddings' is no linear"):
+    with pytest.raises(ModelError, match="word_embeddings' is no linear"):
         GhostClipping(tower)
     tower = tower_of(pico_model)
     layers = [layer for layer in tower.modules() if isinstance(layer, nn.LayerNorm)]
