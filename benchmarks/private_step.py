@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             make_model("tiny", folder, "cpu", "fp32")
         encoder = Encoder.load(folder, dropout=0.0, for_training=True)
         tower = TwoTower(encoder, set(trainable_tensors(folder)), TEMPERATURE).train()
-        sizes = [(32, 8), (32, 16)] if full else [(9, 4)]
+        sizes = [(16, 8), (16, 16)] if full else [(9, 4)]
         rows = [measure(tower, users, negatives, options.repeats) for users, negatives in sizes]
     heads = ("users", "negatives", "off_by", "opacus", "ours", "bare", "ours / opacus", "ours / bare")
     show("One private step, seconds of the processor", heads, [[row[head] for head in heads] for row in rows])

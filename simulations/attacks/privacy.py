@@ -86,6 +86,7 @@ def private_config(lab: Lab, epsilon: float) -> RunConfig:
                 "learning_rate": section.private_learning_rate,
                 "max_steps": section.private_steps,
                 "eval_every_steps": section.private_steps,
+                "checkpoint_every_steps": 2,  # they are long
                 "warmup_steps": 0,
                 "weight_decay": 0.0,
                 "dropout": None,
