@@ -3,11 +3,11 @@
 What the promise rests on, one by one:
 
 - **One user, one bounded vector.** In each step every user takes part on its own with the plan's rate
-  (Poisson sampling of users, not of interactions), with one of its positions, drawn anew. Its gradient is
-  computed alone (Opacus' per-sample gradients, a sample being a user) and cut to L2 norm `clip`.
+  (Poisson sampling of users, not of interactions), with one of its positions, drawn anew. Its gradient is cut
+  to L2 norm `clip` (`clients.training.clipping`).
 - **Nobody else in it.** Negatives are items of the public catalog, drawn for each step from the run's seed:
-  in-batch negatives would put one user's items into another's gradient. Each user embeds them on its own,
-  since the gradient passes through them too (without it all embeddings fall together).
+  in-batch negatives would put one user's items into another's gradient. The gradient passes through them too
+  (without it all embeddings fall together), for each user on its own.
 - **Secret randomness.** Who takes part and the noise come from `SecretRandom`, not from the run's seed,
   which is public: with it anybody could subtract the noise. There is no other: no dropout.
 - **Nothing else looks at the data.** As many steps as planned, the last weights; validation users are
