@@ -56,6 +56,9 @@ class RunSection(Frozen):
     deadline_minutes: float = Field(
         24 * 60, gt=0, description="how long each round waits for every domain; then the quorum is enough"
     )
+    max_norm: float | None = Field(
+        None, gt=0, description="L2 norm that a task vector may have; None: that of the base's own tensors"
+    )
 
 
 class BaseSection(Frozen):
@@ -230,6 +233,9 @@ class InstructionSection(Frozen):
     )
     history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
+    prompts_at_once: int = Field(
+        8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"
+    )
     generated_users: int = Field(
         0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"
     )
@@ -340,10 +346,10 @@ ModelT = TypeVar("ModelT", bound=Frozen)
 def load_toml(path: Path, model: type[ModelT]) -> ModelT:
     """Read `path` as `model`. Raises ConfigError naming the file, the key and the nearest known key."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", next_step="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
     return validate(data, model, where=str(path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from safetensors.torch import load_file
 
 from clients.training.adapters import keep_few_activations
 from clients.training.fit import fine_tune
+from clients.training.job import ReleaseLimit
 from clients.training.language import (
     AnswerTower,
     InstructionBatches,
     load_language,
     wear,
 )
-from clients.training.ranking import evaluate_domain
+from clients.training.leakage import check_release, hold_out
+from clients.training.ranking import evaluate_domain, user_losses
 from clients.training.trainer import EncoderTrainer
 from common.config import RunConfig
 from common.crossing import crossing_tensors
@@ -143,6 +146,23 @@ def test_only_answers_count_and_only_adapters_train(causal: Path, pico_domain: A
     assert "### Answer" not in lm.decode(answer)
 
 
+def test_parts_of_a_step_give_the_gradient_of_the_step(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    found = []
+    for at_once in (4, 3):
+        config = language_config(max_steps=1, eval_every_steps=1, warmup_steps=0)
+        assert config.instruction is not None and config.lora is not None
+        instruction = config.instruction.model_copy(update={"prompts_at_once": at_once})
+        lora = config.lora.model_copy(update={"dropout": 0.0})
+        config = config.model_copy(update={"instruction": instruction, "lora": lora})
+        result = fine_tune(pico_domain, qwen2, config, tmp_path / str(at_once))
+        (line, *_) = (result.vector_path.parent / "metrics.jsonl").read_text().splitlines()
+        found.append((load_file(result.vector_path), json.loads(line)["loss"]))
+    (whole, loss), (parts, same_loss) = found
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    close = [torch.isclose(whole[name], parts[name], atol=1e-5).float().mean() for name in whole]
+    assert min(close) > 0.95  # Adam's first step is a sign: values near zero may turn
+
+
 def test_checkpointing_gives_the_same_gradient(qwen2: Path, pico_domain: Any) -> None:
     config = language_config()
     gradients = []
@@ -202,3 +222,15 @@ def test_the_best_tensors_are_those_of_the_best_step(qwen2: Path, pico_domain: A
     assert result.best_step == 3
     assert set(load_file(result.vector_path)) == set(crossing_tensors(qwen2, language_config()))
     assert Template.load("ranking").answer_titles == 3
+
+
+def test_a_release_limit_is_held_against_an_adapter(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    config = language_config(max_steps=2, eval_every_steps=2)
+    rows = hold_out(pico_domain, 10, config.run.seed)
+    trained_on = pico_domain.with_users(rows[0])
+    fitted = fine_tune(trained_on, qwen2, config, tmp_path)
+    found = check_release(fitted, pico_domain, rows, qwen2, config, ReleaseLimit(max_tpr=1.0))
+    assert (found.members, found.others) == (10, 10) and 0 <= found.auc <= 1
+    lm = load_language(qwen2, config, device="cpu")
+    loss_U = user_losses(lm, pico_domain, config)
+    assert loss_U.shape == (len(pico_domain.user_ids),) and (loss_U > 0).all()
