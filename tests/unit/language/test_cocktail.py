@@ -113,7 +113,7 @@ def test_entropy_falls_and_the_weights_stay_in_the_simplex(
     lm: Any, tiny_causal: Path, adapters: dict[str, Adapter], template: Template, tmp_path: Path, rule: Any
 ) -> None:
     adapters["s"] = trained(lm, tiny_causal, template)
-    changed = {"rule": rule, "learning_rate": 0.0, "steps": 12, "prompts": 12, "holdout": 0.5}
+    changed = {"rule": rule, "learning_rate": 0.0, "steps": 6, "prompts": 12, "holdout": 0.5}
     options = QUICK.model_copy(update=changed)
     made = mix_by_entropy(lm, "base", LORA, adapters, template, records(12), options, tmp_path)
     losses = made.facts["held_back_loss"]
