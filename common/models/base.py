@@ -129,12 +129,13 @@ def trainable_norm(folder: Path) -> float:
     """The L2 norm of all trainable tensors together, read one by one. Raises ModelError."""
     names = trainable_tensors(folder)
     squares = 0.0
-    with (folder / WEIGHTS).open("rb") as file:
-        for entry in read_entries(folder):
-            if entry.name in names:
-                file.seek(entry.start)
-                values = as_float32(file.read(entry.end - entry.start), entry.dtype)
-                squares += float(np.square(values, dtype=np.float64).sum())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            for entry in read_weights(path):
+                if entry.name in names:
+                    file.seek(entry.start)
+                    values = as_float32(file.read(entry.end - entry.start), entry.dtype)
+                    squares += float(np.square(values, dtype=np.float64).sum())
     return math.sqrt(squares)
 
 

@@ -28,7 +28,7 @@ from common.language.adapters import (
 )
 from common.language.merged import merge_into_base
 from common.language.model import load_causal
-from common.models.base import model_digest, weight_files
+from common.models.base import model_digest, trainable_norm, weight_files
 
 LORA = LoraSection(rank=3, alpha=6.0, modules=("q_proj", "down_proj"))
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -94,6 +94,7 @@ def test_a_base_in_shards_is_the_same_base(tiny_causal: Path, tmp_path: Path) ->
     AutoModelForCausalLM.from_pretrained(tiny_causal).save_pretrained(sharded, max_shard_size="40KB")
     assert len(weight_files(sharded)) > 1
     assert model_digest(sharded) == model_digest(tiny_causal)
+    assert trainable_norm(sharded) == pytest.approx(trainable_norm(tiny_causal))
     assert adapter_tensors(sharded, LORA) == adapter_tensors(tiny_causal, LORA)
     merge_into_base(sharded, LORA, adapter, tmp_path / "merged", "")
     merge_into_base(tiny_causal, LORA, adapter, tmp_path / "whole", "")
