@@ -1,0 +1,1 @@
+"""Language models and adapters: what both shores need."""
