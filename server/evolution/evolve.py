@@ -23,7 +23,7 @@ from torch import Tensor
 from common.config import Frozen
 from common.language.pool import Candidate, Pool
 from common.progress import NO_REPORT, Report
-from server.digests import vector_digest
+from common.digests import vector_digest
 from server.evolution.fitness import Fitness
 from server.evolution.search import Found, Point, Record, Stage, search
 

@@ -24,8 +24,8 @@ import numpy as np
 from common.errors import ConfigError, ModelError
 from common.language.pool import DIGITS
 from common.progress import NO_REPORT, Report
-from server.digests import json_digest
-from server.learning.state import Trajectory, read_trajectory
+from common.digests import json_digest
+from common.learning_state import Trajectory, read_trajectory
 
 Point = tuple[float, ...]
 Evaluate = Callable[[Sequence[Point]], Sequence[float]]
