@@ -294,6 +294,7 @@ class _Run:
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         of_weights_GD = self._mixture.gradient(dict(zip(parameters, grads, strict=True)))
         (gradient_GD,) = torch.autograd.grad(weights_GD, values_GD, of_weights_GD.to(weights_GD.dtype))
+        _finite(float(gradient_GD.abs().sum()), f"in the gradient of step {state.step + 1}")
         state.adam(gradient_GD, rate)
         return value
 
