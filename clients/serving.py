@@ -8,7 +8,7 @@
 
 Each holds `run.json` beside the model: the configuration of its run, for the text settings. A universal one
 also holds `comparison.json`: how it and the domain's own model do on the domain's test users.
-A model is named by its digest (`common.models.base.model_digest`), computed from what was written;
+A model is named by its digest (`common.language.adapters.folder_digest`), computed from what was written;
 it appears complete or not at all, and a model whose digest is not the announced one is not installed.
 """
 
@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 from common.config import RunConfig, TextSection, validate
 from common.errors import BaseMismatchError, ConfigError, DataError, ModelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_atomic
-from common.models.base import model_digest, save_model
+from common.language.adapters import folder_digest
+from common.models.base import save_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def install(
     if (
         digest
         and current(home) == models / "universal" / digest
-        and model_digest(current_or_fail(home)) == digest
+        and folder_digest(current_or_fail(home)) == digest
     ):
         write_settings(models / "universal" / digest, config)
         return models / "universal" / digest
@@ -72,14 +73,14 @@ def install(
                 shutil.copytree(source, staging)
             else:
                 save_model(base_folder, source, staging, readme=readme or _README)
-            got = model_digest(staging)
+            got = folder_digest(staging)
             if digest is not None and got != digest:
                 raise BaseMismatchError(
                     f"the universal model has digest {got[:16]}, announced was {digest[:16]}",
                     next_step="use the run's base model and fetch the parcel again",
                 )
             target = models / "universal" / got
-            if target.exists() and model_digest(target) != got:
+            if target.exists() and folder_digest(target) != got:
                 shutil.rmtree(target)  # damaged since; the staged one was verified
             if not target.exists():
                 staging.replace(target)
@@ -232,7 +233,7 @@ def _item_embeddings(encoder: Encoder, tokens: ItemTokens, model_folder: Path, c
     if cache is None:
         return encoder.encode(tokens.items())
     texts = sha256_bytes("\x1e".join(tokens.texts).encode())
-    path = cache / f"{model_digest(model_folder)[:16]}-{texts[:16]}.safetensors"
+    path = cache / f"{folder_digest(model_folder)[:16]}-{texts[:16]}.safetensors"
     if path.is_file():
         known: Tensor = load_file(path)["item_IE"]
         return known
