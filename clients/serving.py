@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from common.config import RunConfig, TextSection, validate
 from common.errors import BaseMismatchError, ConfigError, DataError, ModelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_atomic
-from common.language.adapters import folder_digest
+from common.language.adapters import folder_digest, is_adapter
 from common.models.base import save_model
 
 if TYPE_CHECKING:
@@ -181,13 +181,19 @@ def recommend(
     text: TextSection | None = None,
     include_seen: bool = False,
     cache: Path | None = None,
+    candidates: Sequence[str] | None = None,
 ) -> list[Recommendation]:
     """The `k` best next items after a history (item ids, **oldest first**): `(item id, title, score)`.
 
-    `text` None takes the settings of the model's run. Scores are cosines; items of the history are left out
-    unless `include_seen`. `cache` is a folder where item embeddings are kept, by model and catalog. Raises
-    DataError naming an unknown item and the nearest known one, ModelError.
+    `text` None takes the settings of the model's run. Scores are cosines, or of a language model mean
+    log-likelihoods; items of the history are left out unless `include_seen` or named by `candidates`, which
+    (item ids) are then all that is ranked. `cache` is a folder where item embeddings are kept, by model and
+    catalog. Raises DataError naming an unknown item and the nearest known one, ModelError, and of a language
+    model ConfigError for a `k` that is too large.
     """
+    chosen = None if candidates is None else _indices(domain, candidates)
+    if is_adapter(model_folder):
+        return _recommend_by_language(model_folder, domain, history_item_ids, k, chosen, include_seen)
     import torch
 
     from clients.training.dataset import domain_tokens, recent_first
@@ -202,7 +208,11 @@ def recommend(
         recent_first(torch.tensor(history).numpy(), text.max_history_items), text.max_seq_len
     )
     score_I = item_IE @ encoder.encode([ids])[0]
-    if not include_seen:
+    if chosen is not None:
+        others = torch.ones(len(score_I), dtype=torch.bool)
+        others[chosen] = False
+        score_I[others] = -torch.inf
+    elif not include_seen:
         score_I[history] = -torch.inf
     best = torch.argsort(score_I, descending=True, stable=True)[:k]
     titles = domain.attributes.get("title") or tokens.texts
@@ -211,6 +221,38 @@ def recommend(
         for index in best
         if score_I[index] > -torch.inf
     ]
+
+
+def _recommend_by_language(
+    model_folder: Path,
+    domain: Domain,
+    history_item_ids: Sequence[str],
+    k: int,
+    candidates: Sequence[int] | None,
+    include_seen: bool,
+) -> list[Recommendation]:
+    from clients.language import rank_titles
+
+    history = _indices(domain, history_item_ids)
+    ranked = rank_titles(model_folder, domain, history, k, candidates=candidates, include_seen=include_seen)
+    titles = domain.attributes["title"]
+    return [(domain.item_ids[item], titles[item], score) for item, score in ranked]
+
+
+def why(model_folder: Path, domain: Domain, history_item_ids: Sequence[str], item_id: str) -> str:
+    """What an installed language model generates when asked why it recommends an item.
+
+    Raises ConfigError for another kind of model, DataError for an unknown item.
+    """
+    if not is_adapter(model_folder):
+        raise ConfigError(
+            "this model embeds texts and generates none, so it cannot say why",
+            next_step="leave --explain out, or take part in a run with a language model",
+        )
+    from clients.language import explain
+
+    (item,) = _indices(domain, [item_id])
+    return explain(model_folder, domain, _indices(domain, history_item_ids), item)
 
 
 def _indices(domain: Domain, item_ids: Sequence[str]) -> list[int]:

@@ -147,6 +147,13 @@ class AnswerTower(nn.Module):
         self._lm.set_adapter(tensors)
 
 
+def keep_few_activations(lm: CausalLM) -> None:
+    """Gradient checkpointing: each block's activations are computed again in the backward pass."""
+    model = lm.model  # the method's name since transformers 5.23, and the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def fine_tune_adapter(
     domain: Domain,
     base: Path,
@@ -173,7 +180,7 @@ def fine_tune_adapter(
         )
     lm.set_adapter(initial_adapter(table, config.run.seed))
     if lora.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        keep_few_activations(lm)
 
     def validate() -> dict[str, float]:
         users = config.training.validation_users

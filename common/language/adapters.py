@@ -259,6 +259,12 @@ def adapter_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
 
 
+def base_of(folder: Path) -> Path | None:
+    """The base model's folder, where an adapter's configuration names one on this host."""
+    named = _read_settings(folder).get("base_model_name_or_path")
+    return Path(named) if named and Path(named).is_dir() else None
+
+
 def folder_digest(folder: Path) -> str:
     """The digest that names an adapter or a model folder, whichever it is. Raises ModelError."""
     return adapter_digest(folder) if is_adapter(folder) else model_digest(folder)

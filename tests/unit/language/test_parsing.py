@@ -29,7 +29,11 @@ TITLES = ("Green tea, 20 bags", "Oak table", "Oak table lamp", "2 Cups", "A+ Soa
         ("The best is Oak table lamp, then Oak table.", (2, 1), 0, 0),
         ("A golden spoon\n\nOak table\n...\nOak table", (1,), 1, 1),
         ("", (), 0, 0),
-        ("\n - \n1.\n", (), 1, 0),
+        ("\n - \n1.\n", (), 0, 0),
+        ("Oak table lam", (2,), 0, 0),
+        ("Green tea, 2...", (0,), 0, 0),
+        ("1 golden spoon and 7 others", (), 1, 0),
+        ("7.", (6,), 0, 0),
         ("I cannot tell.", (), 1, 0),
     ],
 )
