@@ -4,16 +4,16 @@ The domain holds the adapters (those that their owners allowed to be shared, rec
 samples that never leave it. From then on it gets candidates of 2N numbers, mixes each on its own, and says
 the mean loss in thousandths of a nat a token. Rules:
 
-- a budget: at most `max_answers` different candidates in the life of `folder`; the same candidate asked again
-  gets the same answer and costs nothing, also after kill -9, because answers are on the disk before they are
+- a budget: at most `max_answers` different candidates in the life of `folder`; the same candidate asked
+  again gets the same answer and costs nothing, also after kill -9: answers are on the disk before they are
   given;
-- each user counts once, by the mean over its samples, cut to [0, `clip`]; what is not finite counts as `clip`.
-  So no answer is ever anything but one whole number between 0 and `1000 * clip`;
+- each user counts once, by the mean over its samples, cut to [0, `clip`]; what is not finite counts as
+  `clip`. So no answer is ever anything but one whole number between 0 and `1000 * clip`;
 - at least `min_users` users, or nothing is answered.
 
-With `noise_multiplier` z each answer gets Gaussian noise of standard deviation `z * clip / users` before it is
-rounded: z times what one user, replaced by another, can change. All answers of the budget are accounted for
-together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without noise
+With `noise_multiplier` z each answer gets Gaussian noise of standard deviation `z * clip / users` before it
+is rounded: z times what one user, replaced by another, can change. All answers of the budget are accounted
+for together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without noise
 there is no such promise: a rounded mean over few users still tells something about each.
 """
 
@@ -34,7 +34,8 @@ from common.digests import json_digest, vector_digest
 from common.errors import DataError, PolicyError
 from common.language.model import CausalLM
 from common.language.pool import Candidate, Pool
-from common.language.validation import Sample, Validation
+from common.language.samples import Sample
+from common.language.validation import Validation
 from common.learning_state import Trajectory, read_trajectory
 from common.parcels import Privacy
 
@@ -127,7 +128,7 @@ class Answers:
         if digest not in self._given:
             if self.left <= 0:
                 raise PolicyError(
-                    f"{self._limits.max_answers} candidates were answered, which is all that the owner allows",
+                    f"{self._limits.max_answers} candidates were answered: all that the owner allows",
                     next_step="plan fewer evaluations, or let the owner raise max_answers",
                 )
             self._lm.set_adapter(self._pool.mix([candidate])[0])

@@ -33,11 +33,12 @@ from common.files import write_atomic
 from common.language.adapters import Adapter, adapter_tensors, initial_adapter, load_adapter, save_adapter
 from common.language.model import CausalLM, load_causal
 from common.language.pool import Candidate, Pool
-from common.language.validation import Sample
+from common.language.samples import Sample
 from common.models.base import model_digest
 from common.progress import NO_REPORT, Report, prefixed
-from server.evolution.evolve import RECORD_FILE, EvolutionOptions, evolve, scale_search
+from server.evolution.evolve import RECORD_FILE, evolve, scale_search
 from server.evolution.fitness import ScoringFitness
+from server.evolution.options import EvolutionOptions
 from server.evolution.search import Record, Stage
 from server.evolution.tuning import Tuning, tune_lora, tuned_ia3
 from server.language.registry import METHODS as RULES
@@ -82,10 +83,10 @@ def compare(
     device: str = "cpu",
     report: Report = NO_REPORT,
 ) -> list[Row]:
-    """A row for each of `methods`, in their order; `work/METHOD/` keeps the row and its adapter (PEFT folder).
+    """A row for each of `methods`, in their order; `work/METHOD/` keeps the row and its adapter (for PEFT).
 
     Interrupted and called again it goes on. `measure_key` names what `measure` measures: change it with it.
-    Raises ConfigError for an unknown method or no adapters, VectorError, DataError without samples, ModelError.
+    Raises ConfigError (unknown method, no adapters), DataError (no samples), VectorError, ModelError.
     """
     for method in methods:
         if method not in METHODS:
@@ -189,7 +190,12 @@ class _Makers:
         return found.adapter, found.facts
 
     def _scales(
-        self, method: str, report: Report, settings: Mapping[str, Any], start: tuple[float, ...], penalty: float
+        self,
+        method: str,
+        report: Report,
+        settings: Mapping[str, Any],
+        start: tuple[float, ...],
+        penalty: float,
     ) -> tuple[Adapter, dict[str, Any]]:
         """A search over scales alone, every entry of A kept."""
         bound = self.options.bound

@@ -26,8 +26,9 @@ from common.language.model import CausalLM
 from common.language.pool import Candidate, Pool
 from common.language.prompts import Template
 from common.language.records import Ranking
+from common.language.samples import Sample
 from common.language.scoring import candidate_scores, first_token_entropies
-from common.language.validation import Sample, Validation
+from common.language.validation import Validation
 
 AskDomain = Callable[[str, Sequence[Candidate]], Sequence[float]]
 
@@ -108,7 +109,12 @@ class EntropyFitness(ModelFitness):
         super().__init__(lm, lora, pool, base)
         _check_some(prompts)
         self._prompts, self._tokens, self._batch_size = list(prompts), tokens, batch_size
-        self.key = {**self._shared, "source": "entropy", "tokens": tokens, "prompts": json_digest({"p": prompts})}
+        self.key = {
+            **self._shared,
+            "source": "entropy",
+            "tokens": tokens,
+            "prompts": json_digest({"p": prompts}),
+        }
 
     def loss(self) -> float:
         return float(first_token_entropies(self.lm, self._prompts, self._tokens, self._batch_size).mean())
@@ -117,8 +123,8 @@ class EntropyFitness(ModelFitness):
 class AgreementFitness(ModelFitness):
     """How far a candidate ranks each domain's prompts from how the domain's own adapter does.
 
-    Mean over all prompts of `T^2 KL(softmax(t / T) || softmax(s / T))`: MergeRec's distillation loss, with the
-    candidates' mean log-likelihoods a token as scores s, and the domain's adapter as teacher t.
+    Mean over all prompts of `T^2 KL(softmax(t / T) || softmax(s / T))`: MergeRec's distillation loss, with
+    the candidates' mean log-likelihoods a token as scores s, and the domain's adapter as teacher t.
     """
 
     def __init__(
@@ -176,7 +182,7 @@ class DomainFitness:
     """
 
     def __init__(self, domains: Sequence[str], ask: AskDomain, facts: Mapping[str, Any]) -> None:
-        """`facts`: what the domains measure, for the key (run, base, metric). Raises DataError without any."""
+        """`facts`: what the domains measure, for the key (run, base). Raises DataError without domains."""
         if not domains:
             raise DataError("no domain to ask for fitness", next_step="name at least one")
         self._domains, self._ask = sorted(domains), ask

@@ -1,8 +1,9 @@
 """The two baselines that learn by gradients from the very samples that the searches score on: LoRA and (IA)3.
 
 Each learning rate of `RATES` is tried from the same start; a fifth of the samples is held back, and the
-parameters of the lowest held-back loss over all rates and epochs win, the untrained ones included. (IA)3 (Liu
-et al., NeurIPS 2022) scales keys, values and the inputs of the feed-forward's second layer by learned vectors.
+parameters of the lowest held-back loss over all rates and epochs win, the untrained ones included. (IA)3
+(Liu et al., NeurIPS 2022) scales keys, values and the inputs of the feed-forward's second layer by learned
+vectors.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from common.config import LoraSection
 from common.errors import DataError, ModelError
 from common.language.adapters import Adapter
 from common.language.model import CausalLM
+from common.language.samples import Sample
 from common.language.scoring import answer_losses
-from common.language.validation import Sample, Validation
+from common.language.validation import Validation
 from common.progress import NO_REPORT, Report
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

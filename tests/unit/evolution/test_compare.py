@@ -15,14 +15,21 @@ from common.language.prompts import Template
 from common.language.records import Ranking
 from common.language.scoring import answer_losses, first_token_entropies
 from common.models.base import model_digest
-from server.evolution import EvolutionOptions, evolve
 from server.evolution.compare import METHODS, compare
+from server.evolution.evolve import evolve
 from server.evolution.fitness import AgreementFitness, DomainFitness, EntropyFitness, ScoringFitness
+from server.evolution.options import EvolutionOptions
 from server.evolution.tuning import Tuning, tune_lora
 from tests.unit.language.conftest import build_causal
 
 LORA = LoraSection(rank=4, alpha=8.0, dropout=0.0, modules=("q_proj", "v_proj", "up_proj"))
-SAMPLES = [("tea\n", "cup"), ("tea pot\n", "lamp"), ("boat\n", "train"), ("oak\n", "table"), ("car\n", "bike")]
+SAMPLES = [
+    ("tea\n", "cup"),
+    ("tea pot\n", "lamp"),
+    ("boat\n", "train"),
+    ("oak\n", "table"),
+    ("car\n", "bike"),
+]
 QUICK = EvolutionOptions(
     ratio_iterations=3, scale_iterations=12, population=8, ratio_penalty=0.01, scale_penalty=0.01, sigma=0.15
 )
@@ -42,10 +49,10 @@ def lm(base):
 def adapters(base, lm):
     """`good` was tuned on the samples; two others are noise of its size."""
     table = adapter_tensors(base, LORA)
-    good, _ = tune_lora(lm, LORA, initial_adapter(table, 0), SAMPLES, Tuning(epochs=40, batch_size=4))
+    good, _ = tune_lora(lm, LORA, initial_adapter(table, 0), SAMPLES, Tuning(epochs=15, batch_size=4))
     generator = torch.Generator().manual_seed(1)
     bad = {
-        label: {name: value.std() * torch.randn(value.shape, generator=generator) for name, value in good.items()}
+        label: {name: x.std() * torch.randn(x.shape, generator=generator) for name, x in good.items()}
         for label in ("bad", "worse")
     }
     return {"good": good, **bad}
@@ -81,8 +88,6 @@ def test_a_good_adapter_among_bad_ones_wins(scoring, pool, tmp_path):
     scales = dict(zip(pool.labels, found.candidate.scales, strict=True))
     assert abs(scales["good"]) > 2 * max(abs(scales["bad"]), abs(scales["worse"]))
     assert scoring.of(found.adapter) < min(even, base) - 0.3
-    again = evolve(pool, scoring, QUICK, tmp_path / "again", seed=0)
-    assert again.candidate == found.candidate
 
 
 def test_agreement_is_zero_for_the_teacher_and_small_for_what_is_like_it(lm, base, pool):
