@@ -13,8 +13,8 @@ the mean loss in thousandths of a nat a token. Rules:
 
 With `noise_multiplier` z each answer gets Gaussian noise of standard deviation `z * clip / users` before it
 is rounded: z times what one user, replaced by another, can change. All answers of the budget are accounted
-for together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without noise
-there is no such promise: a rounded mean over few users still tells something about each.
+for together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without
+noise there is no such promise: a rounded mean over few users still tells something about each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -141,7 +142,7 @@ class Answers:
     def _released(self, losses_N: Tensor) -> int:
         """Mean over users, with noise where there is to be some, as a whole number within its range."""
         clip = self._limits.clip
-        of_users = [float(own.mean()) for own in losses_N.split(self._counts)]
+        of_users = [float(own.mean()) for own in torch.split(losses_N, self._counts)]
         kept = [min(max(loss, 0.0), clip) if math.isfinite(loss) else clip for loss in of_users]
         mean = math.fsum(kept) / len(kept)
         if self._limits.noise_multiplier:

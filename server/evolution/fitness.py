@@ -169,8 +169,8 @@ class AgreementFitness(ModelFitness):
         return candidate_scores(self.lm, self._template, rankings, self._batch_size) if rankings else []
 
     def _distance(self, teacher: Tensor, student: Tensor) -> float:
-        logs = [(scores / self._temperature).log_softmax(0) for scores in (student, teacher)]
-        divergence = torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
+        student, teacher = ((s / self._temperature).log_softmax(0) for s in (student, teacher))
+        divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
         return float(divergence) * self._temperature**2
 
 

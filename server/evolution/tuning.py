@@ -120,7 +120,8 @@ def _tune(
 def _epoch(lm: CausalLM, adam: torch.optim.Optimizer, samples: Sequence[Sample], batch_size: int) -> None:
     for start in range(0, len(samples), batch_size):
         adam.zero_grad()
-        answer_losses(lm, samples[start : start + batch_size], batch_size).mean().backward()
+        loss = answer_losses(lm, samples[start : start + batch_size], batch_size).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
 
 
