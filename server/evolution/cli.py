@@ -37,6 +37,7 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes (CPU).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of results.")
 @click.option("--format", "shown_as", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def evolve(
@@ -51,6 +52,7 @@ def evolve(
     seed: int,
     batch_size: int,
     device: str,
+    workers: int,
     out: Path,
     shown_as: str,
 ) -> None:
@@ -86,6 +88,7 @@ def evolve(
                 seed=seed,
                 batch_size=batch_size,
                 device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+                workers=workers,
                 report=report,
             )
         _show(rows, shown_as)

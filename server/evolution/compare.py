@@ -17,6 +17,7 @@ it is. For that give `measure`, which sees the model with each result in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from server.evolution.fitness import ScoringFitness
 from server.evolution.options import EvolutionOptions
 from server.evolution.search import Record, Stage
 from server.evolution.tuning import Tuning, tune_lora, tuned_ia3
+from server.evolution.workers import ScoringWorkers
 from server.language.registry import METHODS as RULES
 from server.language.registry import AdapterInputs
 from server.merging.emr import emr_for_domain
@@ -81,11 +83,13 @@ def compare(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "cpu",
+    workers: int = 1,
     report: Report = NO_REPORT,
 ) -> list[Row]:
     """A row for each of `methods`, in their order; `work/METHOD/` keeps the row and its adapter (for PEFT).
 
-    Interrupted and called again it goes on. `measure_key` names what `measure` measures: change it with it.
+    `workers` above 1 scores candidates in so many processes (CPU). Interrupted and called again it goes on.
+    `measure_key` names what `measure` measures: change it with it.
     Raises ConfigError (unknown method, no adapters), DataError (no samples), VectorError, ModelError.
     """
     for method in methods:
@@ -97,7 +101,8 @@ def compare(
     options, tuning = options or EvolutionOptions(), tuning or Tuning(seed=seed, batch_size=batch_size)
     digest = model_digest(base)
     lm = load_causal(base, precision="fp32", device=device)
-    fitness = ScoringFitness(lm, lora, pool, digest, samples, batch_size)
+    processes = ScoringWorkers(base, lora, samples, workers, batch_size) if workers > 1 else None
+    fitness = ScoringFitness(lm, lora, pool, digest, samples, batch_size, processes)
     key = {
         "adapters": {label: vector_digest(pool.adapter(label)) for label in pool.labels},
         "fitness": fitness.key,
@@ -109,17 +114,11 @@ def compare(
     }
     makers = _Makers(base, lora, pool, samples, fitness, options, domain, tuning, seed, work)
     rows = []
-    for number, method in enumerate(methods):
-        report(phase="compare", step=number, total=len(methods))
-        folder = work / method
-        inputs = json_digest({**key, "method": method, "measured": measure is not None})
-        row = _read(folder / "row.json", inputs)
-        if row is None:
-            row = _row(method, makers, measure, folder, prefixed(report, method))
-            folder.mkdir(parents=True, exist_ok=True)
-            record = {"inputs": inputs, **asdict(row)}
-            write_atomic(folder / "row.json", json.dumps(record, indent=1).encode("ascii"))
-        rows.append(row)
+    with processes or contextlib.nullcontext():
+        for number, method in enumerate(methods):
+            report(phase="compare", step=number, total=len(methods))
+            inputs = json_digest({**key, "method": method, "measured": measure is not None})
+            rows.append(_kept_row(method, makers, measure, inputs, prefixed(report, method)))
     report(phase="compare", step=len(methods), total=len(methods))
     return rows
 
@@ -207,6 +206,18 @@ class _Makers:
         scales = dict(zip(self.pool.labels, found.point, strict=True))
         facts = {"scales": scales, "evaluations": found.evaluations, "not_finite": found.not_finite}
         return self.pool.mix([Candidate.of(ones, found.point)])[0], facts
+
+
+def _kept_row(method: str, makers: _Makers, measure: Measure | None, inputs: str, report: Report) -> Row:
+    """The row that the work folder has of these inputs, or a new one, which it has then."""
+    folder = makers.work / method
+    row = _read(folder / "row.json", inputs)
+    if row is None:
+        row = _row(method, makers, measure, folder, report)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"inputs": inputs, **asdict(row)}
+        write_atomic(folder / "row.json", json.dumps(record, indent=1).encode("ascii"))
+    return row
 
 
 def _row(method: str, makers: _Makers, measure: Measure | None, folder: Path, report: Report) -> Row:

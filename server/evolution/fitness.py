@@ -29,6 +29,7 @@ from common.language.records import Ranking
 from common.language.samples import Sample
 from common.language.scoring import candidate_scores, first_token_entropies
 from common.language.validation import Validation
+from server.evolution.workers import ScoringWorkers
 
 AskDomain = Callable[[str, Sequence[Candidate]], Sequence[float]]
 
@@ -82,11 +83,18 @@ class ScoringFitness(ModelFitness):
         base: str,
         samples: Sequence[Sample],
         batch_size: int = 8,
+        workers: ScoringWorkers | None = None,
     ) -> None:
-        """Raises DataError without samples, or where one is too long for the model."""
+        """`workers` for these samples score a generation side by side. Raises DataError without samples."""
         super().__init__(lm, lora, pool, base)
+        self._workers = workers
         self._validation = Validation(lm, samples, batch_size)
         self.key = {**self._shared, "source": "scoring", "samples": json_digest({"samples": list(samples)})}
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        if self._workers is None:
+            return super().losses(candidates)
+        return self._workers.losses(self.pool.mix(candidates))
 
     def loss(self) -> float:
         return float(self._validation.losses().mean())

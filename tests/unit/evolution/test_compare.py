@@ -20,6 +20,7 @@ from server.evolution.evolve import evolve
 from server.evolution.fitness import AgreementFitness, DomainFitness, EntropyFitness, ScoringFitness
 from server.evolution.options import EvolutionOptions
 from server.evolution.tuning import Tuning, tune_lora
+from server.evolution.workers import ScoringWorkers
 from tests.unit.language.conftest import build_causal
 
 LORA = LoraSection(rank=4, alpha=8.0, dropout=0.0, modules=("q_proj", "v_proj", "up_proj"))
@@ -88,6 +89,14 @@ def test_a_good_adapter_among_bad_ones_wins(scoring, pool, tmp_path):
     scales = dict(zip(pool.labels, found.candidate.scales, strict=True))
     assert abs(scales["good"]) > 2 * max(abs(scales["bad"]), abs(scales["worse"]))
     assert scoring.of(found.adapter) < min(even, base) - 0.3
+
+
+def test_workers_score_as_one_process_does(scoring, lm, base, pool):
+    candidates = [Candidate.of([1.0, 0.5, 0.2], [1.0, x, -x]) for x in (0.1, 0.3, 0.6)]
+    with ScoringWorkers(base, LORA, SAMPLES, 2, batch_size=2) as workers:
+        fitness = ScoringFitness(lm, LORA, pool, model_digest(base), SAMPLES, 2, workers)
+        assert fitness.losses(candidates) == pytest.approx(scoring.losses(candidates), abs=1e-5)
+        assert fitness.key == scoring.key
 
 
 def test_agreement_is_zero_for_the_teacher_and_small_for_what_is_like_it(lm, base, pool):
