@@ -105,7 +105,8 @@ def _scores(
 
 def _distinct(domain: Domain, items: Sequence[int]) -> list[int]:
     """Those with a title, each title once."""
-    titles, found = domain.attributes.get("title") or [""] * len(domain.item_ids), {}
+    titles = domain.attributes.get("title") or [""] * len(domain.item_ids)
+    found: dict[str, int] = {}
     for item in items:
         found.setdefault(title_key(titles[item]), item)
     found.pop("", None)

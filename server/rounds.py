@@ -251,7 +251,7 @@ def publish_universal(
 
 def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeResult:
     """The same merge with every domain called by its pseudonym, for what is published."""
-    digests = {
+    digests: dict[str, Any] = {
         key: {pseudonyms[name]: digest for name, digest in result.inputs[key].items()}
         for key in ("vectors", "catalogs")
         if key in result.inputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ def evaluate_domain(
     )
     if drawn.left_out:
         log.warning("%s: users without a ranking task: %s", split, drawn.left_out)
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": config.evaluation.batch_size,
         "max_prompt_tokens": section.max_prompt_tokens,
         "report": prefixed(report, phase, "rank"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from common.language.adapters import (
 )
 from common.language.merged import merge_into_base
 from common.language.model import load_causal
-from common.models.base import model_digest
+from common.models.base import model_digest, weight_files
 
 LORA = LoraSection(rank=3, alpha=6.0, modules=("q_proj", "down_proj"))
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -82,6 +83,24 @@ def test_merged_into_the_base_it_says_the_same(tiny_causal: Path, tmp_path: Path
     with torch.no_grad():
         assert torch.allclose(merged.model(ids).logits, lm.model(ids).logits, atol=1e-4)
     assert merged.encode("red cup") == lm.encode("red cup")
+
+
+def test_a_base_in_shards_is_the_same_base(tiny_causal: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sharded, adapter = tmp_path / "sharded", drawn(tiny_causal)
+    shutil.copytree(tiny_causal, sharded)
+    (sharded / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_causal).save_pretrained(sharded, max_shard_size="40KB")
+    assert len(weight_files(sharded)) > 1
+    assert model_digest(sharded) == model_digest(tiny_causal)
+    assert adapter_tensors(sharded, LORA) == adapter_tensors(tiny_causal, LORA)
+    merge_into_base(sharded, LORA, adapter, tmp_path / "merged", "")
+    merge_into_base(tiny_causal, LORA, adapter, tmp_path / "whole", "")
+    assert model_digest(tmp_path / "merged") == model_digest(tmp_path / "whole")
+    weight_files(sharded)[0].unlink()
+    with pytest.raises(ModelError, match="no model-00001"):
+        model_digest(sharded)
 
 
 def without(adapter: Adapter, name: str) -> Adapter:
