@@ -15,6 +15,7 @@ from common.language.adapters import Adapter, adapter_tensors, check_adapter, sa
 from common.language.mixing import mix, section_of_rank
 from common.learning_state import read_trajectory
 from common.progress import NO_REPORT
+from server.language.cocktail import PseudoOptions, cocktail_for
 from server.language.registry import METHODS, AdapterInputs
 from server.language.spirit import public_adapter, spirit
 from tests.conftest import WORDS
@@ -73,15 +74,20 @@ def test_cocktail_of_all_domains(inputs: AdapterInputs) -> None:
 
 
 def test_cocktail_of_spirit_and_ingredient(inputs: AdapterInputs, tmp_path: Path) -> None:
-    made = run("cocktail", inputs, domain="tea", spirit="factors", histories="rolled-out", rule="product")
+    options = PseudoOptions(**QUICK, histories="rolled-out", rule="product")
+    made = cocktail_for(inputs, "tea", options, spirit_by="factors")
     check_adapter(made.adapter, adapter_tensors(inputs.base, LORA))
     assert list(made.coefficients["all"]) == ["base spirit", "ingredient"]
     assert made.facts["spirit"]["domains"] == ["garden", "toys"] and made.facts["largest_residual"] > 0
     save_adapter(inputs.base, LORA, inputs.adapters["toys"], tmp_path / "public", "")
-    public = run("cocktail", inputs, domain="tea", spirit=str(tmp_path / "public"))
+    public = cocktail_for(inputs, "tea", PseudoOptions(**QUICK), spirit_by=str(tmp_path / "public"))
     assert public.facts["spirit"] == {"spirit": "public adapter"}
     with pytest.raises(ConfigError, match="no adapter of domain 'coffee'"):
-        run("cocktail", inputs, domain="coffee")
+        cocktail_for(inputs, "coffee")
+    together = run("cocktail", inputs, spirit="knots")
+    assert list(together.coefficients["all"]) == ["base spirit", *DOMAINS]
+    with pytest.raises(ConfigError, match="no base spirit by 'knot'; did you mean 'knots'"):
+        METHODS["cocktail"].check({"spirit": "knot"})
 
 
 @pytest.mark.parametrize("method", ["product", "factors", "knots", "elementwise", "adamerging", "cocktail"])
@@ -135,4 +141,5 @@ def test_a_domain_without_catalog_is_named(inputs: AdapterInputs) -> None:
     del inputs.catalogs["toys"]  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="no catalog of domain 'toys'"):
         run("cocktail", inputs)
-    assert run("cocktail", inputs, domain="tea").coefficients["all"].keys() == {"base spirit", "ingredient"}
+    made = cocktail_for(inputs, "tea", PseudoOptions(**QUICK))
+    assert made.coefficients["all"].keys() == {"base spirit", "ingredient"}
