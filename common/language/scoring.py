@@ -27,7 +27,8 @@ from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 
 Ids = list[int]
-ROWS_BYTES = 1 << 30  # what the expanded keys and values, and the logits, of answers may take at a time
+ROWS_BYTES = {"cpu": 128 << 20}  # of keys, values and logits that answers take at a time; measured
+_ROWS_BYTES = 1 << 30  # on other devices
 
 
 def candidate_scores(
@@ -63,7 +64,7 @@ def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequen
     rows = [(n, answer) for n, own in enumerate(answers) for answer in own]
     means = torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    at_once = max(1, ROWS_BYTES // run.row_bytes(len(rows[order[-1]][1])))
+    at_once = max(1, ROWS_BYTES.get(lm.device.type, _ROWS_BYTES) // run.row_bytes(len(rows[order[-1]][1])))
     for start in range(0, len(order), at_once):
         chosen = order[start : start + at_once]
         means[chosen] = run.log_likelihoods(
