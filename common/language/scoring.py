@@ -142,7 +142,9 @@ def yes_no_scores(lm: CausalLM, template: Template, records: Sequence[YesNo], ba
                     f"{template.yes!r} and {template.no!r} begin with the same token",
                     next_step="use a template whose answers differ in their first token",
                 )
-            logits_BV = _Prompts(lm, [lm.encode(prompt) for prompt in prompts]).logits_BV
+            heads = [lm.encode(prompt) for prompt in prompts]
+            _check_lengths(lm, heads, [1] * len(heads))
+            logits_BV = _Prompts(lm, heads).logits_BV
             found.append(logits_BV.gather(1, first_B2).float().softmax(dim=1)[:, 0].cpu())
     return torch.cat(found)
 
@@ -284,12 +286,12 @@ def _some(records: Sequence[Any]) -> None:
 
 
 def _check_lengths(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[int]) -> None:
-    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for prompt, answer in zip(prompts, answers, strict=True):
         if not prompt or not answer:
-            raise DataError(f"prompt {n} or its answer has no tokens", next_step="check the template")
+            raise DataError("a prompt or its answer has no tokens", next_step="check the template")
         if len(prompt) + answer > lm.max_tokens:
             raise DataError(
-                f"prompt {n} and its answer take {len(prompt)} + {answer} tokens, the model has "
+                f"a prompt and its answer take {len(prompt)} + {answer} tokens, the model has "
                 f"{lm.max_tokens} positions",
-                next_step="shorten histories with Template.fit, or use fewer candidates",
+                next_step="allow fewer prompt tokens, use fewer candidates or another model",
             )
