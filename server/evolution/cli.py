@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from server.evolution.compare import Row
 
 ALL = "all"
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+PATH = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--base", type=FOLDER, required=True, help="The base model's folder.")
+@click.option("--base", type=PATH, required=True, help="The base model's folder.")
 @click.option("--adapter", "named", multiple=True, metavar="[LABEL=]DIR", help="A PEFT adapter; repeatable.")
-@click.option("--adapters", "folder", type=FOLDER, help="A folder of such folders.")
-@click.option("--samples", type=FILE, required=True, help="JSON lines: prompt and answer, to search on.")
-@click.option("--test", type=FILE, help="The same, to report the loss on; no search sees them.")
+@click.option("--adapters", "folder", type=PATH, help="A folder of such folders.")
+@click.option("--samples", type=PATH, required=True, help="JSON lines: prompt and answer, to search on.")
+@click.option("--test", type=PATH, help="The same, to report the loss on; no search sees them.")
 @click.option("--method", "methods", multiple=True, help='Of the table; "all" for every one. [evo-merging]')
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of evo-merging.")
 @click.option("--domain", help="The adapter whose domain the samples are of, for emr.")
@@ -38,7 +37,7 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: cuda where it is.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes (CPU).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of results.")
+@click.option("--out", type=PATH, required=True, help="Folder of results.")
 @click.option("--format", "shown_as", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def evolve(
     base: Path,
@@ -99,7 +98,8 @@ def _adapters(named: Sequence[str], folder: Path | None) -> tuple[Any, dict[str,
     from common.language.adapters import is_adapter, load_adapter
 
     found = [(label or Path(path).name, Path(path)) for label, path in map(split_label, named)]
-    found += [(path.name, path) for path in sorted(folder.iterdir()) if is_adapter(path)] if folder else []
+    if folder is not None and folder.is_dir():
+        found += [(path.name, path) for path in sorted(folder.iterdir()) if is_adapter(path)]
     if not found:
         raise ConfigError("no adapters to merge", next_step="name them: --adapter DIR, or --adapters DIR")
     sections, adapters = {}, {}
