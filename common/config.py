@@ -211,7 +211,11 @@ class InstructionSection(Frozen):
     never had. The answer names the titles, best first.
     """
 
-    template: str = Field("ranking", description="name of a prompt template that comes with Isthmus")
+    template: str = Field(
+        "ranking",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",  # never a path: a run may not say what an owner reads
+        description="name of a prompt template that comes with Isthmus",
+    )
     candidates: int = Field(30, ge=2, le=1000)
     protocol: Literal["warm", "cold"] = Field(
         "warm", description="`cold`: test only on items that no training or validation sequence holds"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from common.config import RunConfig, validate
 from common.errors import ConfigError, DataError
 from common.language.prompts import FOLDER, Template, template_names
 from common.language.records import Ranking, YesNo
@@ -70,6 +71,12 @@ def test_wrong_templates_are_named(tmp_path: Path, old: str, new: str, words: st
 def test_an_unknown_template_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'ranking'"):
         Template.load("rankings")
+
+
+@pytest.mark.parametrize("path", ["/etc/mine.toml", "mine.toml", "../templates/ranking"])
+def test_a_run_cannot_name_a_path(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"instruction\.template"):
+        validate({"instruction": {"template": path}, "lora": {}}, RunConfig, where="run")
 
 
 @pytest.mark.parametrize(
