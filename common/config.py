@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import ConfigError, suggest
 
@@ -198,6 +198,14 @@ class LoraSection(Frozen):
         False, description="publish the base with the adapter merged into it, too, in the folder `merged`"
     )
 
+    @field_validator("modules")
+    @classmethod
+    def _check_modules(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for name in modules:
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"{name!r} is not the name of a layer, such as q_proj")
+        return modules
+
     @property
     def scaling(self) -> float:
         """What `B A x` is multiplied by."""
@@ -213,8 +221,8 @@ class InstructionSection(Frozen):
 
     template: str = Field(
         "ranking",
-        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",  # never a path: a run may not say what an owner reads
-        description="name of a prompt template that comes with Isthmus",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+        description="a prompt template that comes with Isthmus",
     )
     candidates: int = Field(30, ge=2, le=1000)
     protocol: Literal["warm", "cold"] = Field(

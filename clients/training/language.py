@@ -164,7 +164,6 @@ def fine_tune_adapter(
             f"{base}: the loaded model and its file disagree about {name!r}",
             next_step="load it with AutoModelForCausalLM and save it again with save_pretrained",
         )
-    lm.set_adapter(initial_adapter(table, config.run.seed))
     if lora.gradient_checkpointing:
         keep_few_activations(lm.model)
 
