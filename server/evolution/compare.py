@@ -226,16 +226,20 @@ def _row(method: str, makers: _Makers, measure: Measure | None, folder: Path, re
     if method == "ia3":
         with tuned_ia3(fitness.lm, makers.samples, makers.tuning, report) as facts:
             seconds = time.monotonic() - started_s
-            with torch.no_grad():
-                loss, measures = fitness.loss(), dict(measure(fitness.lm)) if measure else {}
+            loss, measures = fitness.loss(), _measured(measure, fitness.lm)
         fitness.lm.attach(makers.lora)
         return Row(method, loss, 0, seconds, measures, facts)
     adapter, facts = makers.make(method, report)
     seconds = time.monotonic() - started_s
     save_adapter(makers.base, makers.lora, adapter, folder / "adapter", _readme(method, makers.pool))
     loss = fitness.of(adapter)
-    measures = dict(measure(fitness.lm)) if measure else {}
+    measures = _measured(measure, fitness.lm)
     return Row(method, loss, int(facts.get("evaluations", 0)), seconds, measures, facts)
+
+
+def _measured(measure: Measure | None, lm: CausalLM) -> dict[str, float]:
+    with torch.no_grad():
+        return dict(measure(lm)) if measure else {}
 
 
 def _readme(method: str, pool: Pool) -> str:

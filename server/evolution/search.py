@@ -56,7 +56,7 @@ class Found:
     generation: int  # 0: the start was never improved
     evaluations: int
     not_finite: int  # losses that were NaN or infinite
-    best_by_generation: list[float]  # lowest objective so far
+    best_by_generation: list[float | None]  # lowest objective so far
 
 
 class Record:
@@ -130,7 +130,7 @@ class _Best:
     generation: int = -1
     evaluations: int = 0
     not_finite: int = 0
-    by_generation: list[float] = field(default_factory=list)
+    by_generation: list[float | None] = field(default_factory=list)
 
     def tell(self, points: Sequence[Point], losses: Sequence[float]) -> list[float]:
         """Take note of a generation; returns finite objectives, what had none being worse than the rest."""
@@ -146,7 +146,7 @@ class _Best:
         worst = max(finite, default=0.0) + 1.0
         self.evaluations += len(points)
         self.not_finite += len(points) - len(finite)
-        self.by_generation.append(self.objective)
+        self.by_generation.append(self.shown)
         return [objective if math.isfinite(objective) else worst for objective in objectives]
 
     @property
