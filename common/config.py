@@ -56,6 +56,9 @@ class RunSection(Frozen):
     deadline_minutes: float = Field(
         24 * 60, gt=0, description="how long each round waits for every domain; then the quorum is enough"
     )
+    max_norm: float | None = Field(
+        None, gt=0, description="L2 norm that a task vector may have; None: that of the base's own tensors"
+    )
 
 
 class BaseSection(Frozen):
@@ -222,7 +225,11 @@ class InstructionSection(Frozen):
     template: str = Field(
         "ranking",
         pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",  # never a path: a run may not say what an owner reads
+<<<<<<< HEAD
         description="name of a prompt template that comes with Isthmus",
+=======
+        description="a prompt template that comes with Isthmus",
+>>>>>>> ranking
     )
     candidates: int = Field(30, ge=2, le=1000)
     protocol: Literal["warm", "cold"] = Field(
@@ -340,10 +347,10 @@ ModelT = TypeVar("ModelT", bound=Frozen)
 def load_toml(path: Path, model: type[ModelT]) -> ModelT:
     """Read `path` as `model`. Raises ConfigError naming the file, the key and the nearest known key."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", next_step="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
     return validate(data, model, where=str(path))
 
