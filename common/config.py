@@ -237,6 +237,9 @@ class InstructionSection(Frozen):
     )
     history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
+    prompts_at_once: int = Field(
+        8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"
+    )
     generated_users: int = Field(
         0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,23 @@ def test_only_answers_count_and_only_adapters_train(causal: Path, pico_domain: A
     expected = -logits_TV[rows, torch.tensor(answer)].mean()
     assert torch.allclose(tower(**one)["loss"].detach(), expected, atol=1e-5)
     assert "### Answer" not in lm.decode(answer)
+
+
+def test_parts_of_a_step_give_the_gradient_of_the_step(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    found = []
+    for at_once in (4, 3):
+        config = language_config(max_steps=1, eval_every_steps=1, warmup_steps=0)
+        assert config.instruction is not None and config.lora is not None
+        instruction = config.instruction.model_copy(update={"prompts_at_once": at_once})
+        lora = config.lora.model_copy(update={"dropout": 0.0})
+        config = config.model_copy(update={"instruction": instruction, "lora": lora})
+        result = fine_tune(pico_domain, qwen2, config, tmp_path / str(at_once))
+        (line, *_) = (result.vector_path.parent / "metrics.jsonl").read_text().splitlines()
+        found.append((load_file(result.vector_path), json.loads(line)["loss"]))
+    (whole, loss), (parts, same_loss) = found
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    close = [torch.isclose(whole[name], parts[name], atol=1e-5).float().mean() for name in whole]
+    assert min(close) > 0.95  # Adam's first step is a sign: values near zero may turn
 
 
 def test_checkpointing_gives_the_same_gradient(qwen2: Path, pico_domain: Any) -> None:
