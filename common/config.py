@@ -225,11 +225,7 @@ class InstructionSection(Frozen):
     template: str = Field(
         "ranking",
         pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",  # never a path: a run may not say what an owner reads
-<<<<<<< HEAD
-        description="name of a prompt template that comes with Isthmus",
-=======
         description="a prompt template that comes with Isthmus",
->>>>>>> ranking
     )
     candidates: int = Field(30, ge=2, le=1000)
     protocol: Literal["warm", "cold"] = Field(
