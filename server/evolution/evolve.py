@@ -6,7 +6,10 @@ The paper does not say where the searches start: here stage 1 starts at `initial
 `initial_scale`), which is the result of stage 1.
 
 Read literally, the penalties are sums over adapters: with a hundred of them, `0.05 * ||a||_1` is worth up to
-5 nats a token, which no fine-tuning gains. `penalty = "mean"` divides both by N.
+5 nats a token, more than most fine-tuning gains. `penalty = "mean"` divides both by N.
+
+A scale multiplies A and B alike, so an adapter's own update counts with `b_i^2`: signs decide only about the
+terms `B_i A_j` of two different adapters.
 """
 
 from __future__ import annotations
