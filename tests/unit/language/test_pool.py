@@ -123,3 +123,17 @@ def test_impossible_candidates_are_refused(ratios, scales):
 def test_a_candidate_for_other_adapters_is_refused():
     with pytest.raises(ConfigError, match="a candidate for 2 adapters"):
         Pool(adapters(3)).mix([Candidate.of([1, 1], [1, 1])])
+
+
+def test_a_scale_and_its_negative_do_the_same_alone_and_not_together():
+    """`b_i^2` weighs an adapter's own update; signs act on the terms of two adapters."""
+    pool = Pool(adapters(2))
+
+    def update(*scales):
+        mixed = pool.mix([Candidate.of([0.5, 1.0], scales)])[0]
+        return mixed["a.lora_B.weight"] @ mixed["a.lora_A.weight"]
+
+    assert torch.equal(update(0.7, 0.0), update(-0.7, 0.0))
+    assert not torch.allclose(update(0.7, 0.5), update(-0.7, 0.5))
+    own = update(0.7, 0.0) + update(0.0, 0.5)
+    torch.testing.assert_close((update(0.7, 0.5) + update(-0.7, 0.5)) / 2, own)
