@@ -91,6 +91,7 @@ def test_a_good_adapter_among_bad_ones_wins(scoring, pool, tmp_path):
     assert scoring.of(found.adapter) < min(even, base) - 0.3
 
 
+@pytest.mark.slow
 def test_workers_score_as_one_process_does(scoring, lm, base, pool):
     candidates = [Candidate.of([1.0, 0.5, 0.2], [1.0, x, -x]) for x in (0.1, 0.3, 0.6)]
     with ScoringWorkers(base, LORA, SAMPLES, 2, batch_size=2) as workers:
