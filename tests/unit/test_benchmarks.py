@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    candidates,
     data_channel,
     learned_step,
     learned_task,
@@ -20,6 +21,7 @@ from benchmarks import (
     shared_prefix,
 )
 from benchmarks.measure import line, medians, take_turns
+from common.language.pool import Candidate, Pool
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +148,24 @@ def test_shared_prefix(tmp_path: Path) -> None:
     assert row["off by"] < 1e-3
     assert row["token ratio"] == pytest.approx(30 * 24 / (20 + 30 * 4), rel=0.15)
     assert all(row[f"{name}_s"] > 0 for name in ("whole", "shared", "eight", "prompt"))
+
+
+def test_candidates_agree_and_are_measured(tmp_path: Path) -> None:
+    adapters = candidates.adapters_of("toy", 3)
+    for stage in candidates.candidates_of(3).values():
+        mixed = Pool(adapters).mix(stage)
+        for place in (0, 19):
+            expected = candidates.naive(adapters, stage[place])
+            assert expected.keys() == mixed[place].keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(mixed[place][name], tensor)
+    one = {"d": adapters["d000"]}
+    candidate = Candidate.of([0.5], [2.0])
+    update = candidates.dense(one, candidate)["layers.0.0.lora_A.weight"]
+    factors = candidates.naive(one, candidate)
+    expected = factors["layers.0.0.lora_B.weight"] @ factors["layers.0.0.lora_A.weight"]
+    torch.testing.assert_close(update, expected)
+    candidates.main(["--counts", "2", "--repeats", "1", "--out", str(tmp_path / "record.json")])
+    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["ratios", "scales"]
+    assert all(row["naive_ratio"] > 0 for row in rows)
