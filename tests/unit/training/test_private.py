@@ -212,7 +212,7 @@ def test_without_privacy_nothing_is_different(
 
 def test_private_training_learns(domain: Any, pico_model: Path, config: RunConfig, tmp_path: Path) -> None:
     document = config.model_dump()
-    document["training"] |= {"batch_size": 25, "max_steps": 40, "learning_rate": 2e-3}
+    document["training"] |= {"batch_size": 25, "max_steps": 20, "learning_rate": 4e-3}
     document["privacy"] |= {"noise_multiplier": 0.1, "clip_norm": 1.0}
     run = RunConfig.model_validate(document)
     folder = fit_folder(domain, pico_model, run, tmp_path)
