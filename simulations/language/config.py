@@ -1,0 +1,58 @@
+"""The configuration of language models in simulations: a simulation's, and a `[pretraining]` section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from common.config import Frozen
+from simulations.config import SimulationConfig, load_as
+
+
+class PretrainingSection(Frozen):
+    """A small causal model and how it learns from catalogs."""
+
+    architecture: Literal["llama", "qwen2"] = "llama"
+    vocabulary: int = Field(8192, ge=300, description="entries of the BPE tokenizer, at most")
+    hidden_size: int = Field(128, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    key_value_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(256, ge=8)
+    positions: int = Field(1024, ge=64)
+    template: str = Field("next", description="the template of instruction ranking that it learns")
+    title_words: int = Field(6, ge=1, description="titles are cut to so many words")
+    history: int = Field(5, ge=1, description="titles of a pseudo-user's history, at most")
+    candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
+    noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
+    steps: int = Field(1200, ge=1)
+    growth: float = Field(0.6, ge=0, le=1, description="share of the steps after which there are `candidates`")
+    prompt_tokens: int = Field(2500, ge=64, description="tokens of prompts in a step, about")
+    shelf_tokens: int = Field(500, ge=64, description="tokens of shelves in a step, about")
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    held_back: float = Field(0.05, gt=0, lt=1, description="share of every catalog's items that it never sees")
+    held_back_prompts: int = Field(48, ge=1)
+    evaluate_every_steps: int = Field(100, ge=1)
+    patience: int = Field(5, ge=1, description="evaluations without a lower held-back loss before it stops")
+    checkpoint_every_steps: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> PretrainingSection:
+        if self.hidden_size % self.heads or self.heads % self.key_value_heads:
+            raise ValueError("hidden_size must be a multiple of heads, and heads of key_value_heads")
+        return self
+
+
+class LanguageConfig(SimulationConfig):
+    """A `SimulationConfig` with a `[pretraining]` section."""
+
+    pretraining: PretrainingSection = PretrainingSection()
+
+
+def load_language(path: Path) -> LanguageConfig:
+    """Read the configuration. Raises ConfigError."""
+    return load_as(path, LanguageConfig)
