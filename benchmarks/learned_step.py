@@ -56,7 +56,7 @@ from benchmarks.measure import (
 )
 from benchmarks.our_step import INITIAL, BareStep, OurStep, read_once
 from benchmarks.reference_loop import ReferenceLoop
-from server.learning.coefficients import Granularity, group_tensors
+from common.coefficients import Granularity, group_tensors
 
 TOLERANCE = 1e-4
 GRANULARITIES: tuple[Granularity, ...] = ("domain", "layer")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.learned_task import ALPHA, TEMPERATURE, Batch, Model
-from server.learning.coefficients import Granularity, group_tensors
+from common.coefficients import Granularity, group_tensors
 from server.learning.losses import mergerec
 from server.learning.merged import MergedModel
 

@@ -21,6 +21,8 @@ from common.errors import ConfigError, suggest
 
 EMBEDDED_BASE = "embedded"
 DEFAULT_PUBLISHED = "task-arithmetic"
+ADAPTER_MERGES = ("factors", "knots", "product")
+INSTRUCTION_EVALUATION = {"k": 3, "batch_size": 8}
 
 REFERENCE_LEARNING: dict[str, Any] = {
     "steps": 500,
@@ -174,6 +176,52 @@ class LearningSection(Frozen):
         return self
 
 
+class LoraSection(Frozen):
+    """Fine-tuning by low-rank adapters (LoRA): what crosses is then the adapter, its A and its B.
+
+    An adapted layer computes `W x + alpha / rank * B A x` with `A` [rank, inputs] and `B` [outputs, rank].
+    """
+
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1, description="on the input of A while training")
+    modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of the linear layers that get an adapter; each occurs in every block",
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="compute activations twice and keep few: slower, with less memory"
+    )
+    publish_merged: bool = Field(
+        False, description="publish the base with the adapter merged into it, too, in the folder `merged`"
+    )
+
+    @property
+    def scaling(self) -> float:
+        """What `B A x` is multiplied by."""
+        return self.alpha / self.rank
+
+
+class InstructionSection(Frozen):
+    """Instruction ranking with a causal language model: a prompt holds history and candidates (RecCocktail).
+
+    One candidate of each prompt is the user's next item; the others are drawn from items that the user
+    never had. The answer names the titles, best first.
+    """
+
+    template: str = Field("ranking", description="name of a prompt template that comes with Isthmus")
+    candidates: int = Field(30, ge=2, le=1000)
+    protocol: Literal["warm", "cold"] = Field(
+        "warm", description="`cold`: test only on items that no training or validation sequence holds"
+    )
+    history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
+    max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
+    generated_users: int = Field(
+        0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"
+    )
+
+
 class MergeMethod(Frozen):
     """One `[[merge]]` entry: a method, its options, and the name under which it is reported."""
 
@@ -224,6 +272,28 @@ class RunConfig(Frozen):
         "empty: task-arithmetic if it is among them, else the last",
     )
     evaluation: EvaluationSection = EvaluationSection()
+    lora: LoraSection | None = None
+    instruction: InstructionSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_for_adapters(cls, data: Any) -> Any:
+        """What else is the default with `[lora]` and with `[instruction]`."""
+        if isinstance(data, dict) and data.get("lora") is not None and "merge" not in data:
+            data = {**data, "merge": [{"method": method} for method in ADAPTER_MERGES]}
+        if isinstance(data, dict) and data.get("instruction") is not None:
+            given = data.get("evaluation", {})
+            if isinstance(given, dict):
+                data = {**data, "evaluation": {**INSTRUCTION_EVALUATION, **given}}
+        return data
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> RunConfig:
+        if self.instruction is not None and self.lora is None:
+            raise ValueError("a language model trains with adapters only: add a [lora] section")
+        if self.lora is not None and self.privacy.mechanism != "none":
+            raise ValueError("privacy.mechanism 'dp-sgd' does not go with [lora]")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> RunConfig:

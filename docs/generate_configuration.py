@@ -86,6 +86,9 @@ RUN_MEANINGS = {
     "`recall@10` and `ndcg@10`: with another k nothing is reported until the owners allow it.",
     "evaluation.max_users": "Evaluate at most so many test users, drawn by `run.seed`.",
     "evaluation.batch_size": "Histories encoded at once.",
+    "lora.rank": "Columns of each B and rows of each A.",
+    "lora.alpha": "The update is `alpha / rank * B A`.",
+    "instruction.candidates": "Titles in a prompt: the next item, and others that the user never had.",
 }
 SIMULATION_MEANINGS = {
     "simulation.joint_steps": "Training steps of that reference.",

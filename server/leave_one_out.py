@@ -21,11 +21,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.digests import json_digest
 from common.errors import FederationError
 from common.files import write_atomic
 from common.models.base import resolve_base
 from common.progress import NO_REPORT, Report
-from server.digests import json_digest
 from server.home import ServerHome
 from server.learning.choose import Judge, agreement, gains, mean
 from server.learning.prepare import load_inputs

@@ -18,12 +18,12 @@ from typing import Any
 
 from common.catalog import Catalog
 from common.config import MergeMethod, RunConfig, validate
+from common.digests import catalog_digest, json_digest, vector_digest
 from common.errors import ConfigError, IsthmusError
 from common.files import sha256_file, write_atomic
 from common.models.base import model_digest
 from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
-from server.digests import catalog_digest, json_digest, vector_digest
 from server.learning import learn
 from server.learning.choose import Judge, pick
 from server.learning.grams import GRAM_ITEMS, gram_matrices

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from common.coefficients import layer_of
 from common.errors import VectorError
 from common.tensorfile import Floats, TensorEntry, as_float32, read_index, tensor_blocks
-from server.learning.coefficients import layer_of
 
 Doubles = npt.NDArray[np.float64]
 

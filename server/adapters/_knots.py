@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.adapters._factors import Doubles, LowRank
+from common.low_rank import Doubles, LowRank
 from server.merging import Floats
 
 NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding of float32 weights

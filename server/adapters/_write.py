@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from common.errors import ConfigError
 from common.files import replace_folder, sha256_file, storage_errors
-from server.adapters._factors import LowRank
+from common.low_rank import LowRank
 from server.adapters._read import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 
 MERGE_FILE = "merge.json"

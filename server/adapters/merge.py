@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, VectorError, suggest
+from common.low_rank import LowRank
 from common.models.base import WEIGHTS, model_digest
 from common.progress import NO_REPORT, Report
 from server.adapters._base import check_base
-from server.adapters._factors import LowRank
 from server.adapters._read import Adapter, read_adapter
 from server.adapters._write import base_name, check_out, write_adapter
 from server.adapters.rules import AdapterMethod, find, resolve

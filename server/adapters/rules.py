@@ -22,8 +22,8 @@ from pydantic import Field
 
 from common.config import validate
 from common.errors import ConfigError, VectorError
+from common.low_rank import LowRank, distance, stack, truncate
 from server import merging
-from server.adapters._factors import LowRank, distance, stack, truncate
 from server.adapters._knots import align
 from server.adapters._lazy import Lazy
 from server.adapters._read import Adapter

@@ -24,24 +24,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from common.catalog import Catalog
+from common.coefficients import Granularity, as_table, group_tensors
 from common.config import LearningSection, TextSection
+from common.digests import json_digest
 from common.errors import ModelError
+from common.learning_state import LearningState, Trajectory
 from common.models.base import Pooling
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
-from server.digests import json_digest
-from server.learning.coefficients import Granularity, as_table, group_tensors
 from server.learning.losses import LOSSES, Loss
 from server.learning.merged import MergedModel
 from server.learning.objective import Objective
 from server.learning.prepare import Inputs, PseudoDomain, load_inputs, pseudo_domains
 from server.learning.pseudo_users import Draws
 from server.learning.search import grid, search
-from server.learning.state import LearningState, Trajectory
 from server.learning.teachers import DomainTexts, EmbeddingCache, encode
 from server.merging import PROCESS_INITIAL, unknown_name
 from server.tensors import check_vectors, split_tensors
@@ -211,7 +210,7 @@ class _Run:
                     f"merging: the loss is {loss_value} at step {step}",
                     next_step="lower learning.learning_rate or learning.initial",
                 )
-            _adam_step(state, self._merged.gradient(loss), learning.learning_rate)
+            state.adam(self._merged.gradient(loss), learning.learning_rate)
             last, held_back = step == learning.steps, None
             if objective.holds_back and (last or step % learning.evaluate_every_steps == 0):
                 held_back = objective.held_back(state.coefficients_GD)
@@ -268,18 +267,3 @@ def _facts(state: LearningState) -> dict[str, Any]:
             "held_back_loss": {"initial": state.initial_loss, "best": state.best_loss},
         }
     return facts
-
-
-def _adam_step(state: LearningState, gradient_GD: Tensor, learning_rate: float) -> None:
-    """One step of torch's Adam (default betas, no weight decay) on the coefficients in `state`."""
-    value_GD = state.coefficients_GD.requires_grad_()
-    adam = torch.optim.Adam([value_GD], lr=learning_rate, foreach=False)
-    adam.state[value_GD] = {
-        "step": torch.tensor(float(state.step)),
-        "exp_avg": state.mean_GD,
-        "exp_avg_sq": state.square_GD,
-    }
-    value_GD.grad = gradient_GD
-    adam.step()
-    state.coefficients_GD = value_GD.detach()
-    state.step += 1

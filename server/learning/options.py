@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
+from common.coefficients import Granularity
 from common.config import MergeMethod, validate
 from common.errors import ConfigError
-from server.learning.coefficients import Granularity
 from server.learning.losses import LOSSES
 from server.learning.optimise import PLAIN
 from server.merging import methods, processes

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from common.catalog import Catalog
 from common.config import LearningSection, TextSection
+from common.digests import catalog_digest, vector_digest
 from common.errors import DataError
 from common.models.base import Pooling, model_digest
 from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
-from server.digests import catalog_digest, vector_digest
 from server.learning.pseudo_users import (
     Draws,
     History,

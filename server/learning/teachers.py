@@ -23,11 +23,11 @@ from torch import Tensor
 
 from common.catalog import Catalog
 from common.config import TextSection
+from common.digests import json_digest
 from common.errors import VectorError
 from common.files import write_atomic
 from common.models.encoder import Encoder, ItemTokens
 from common.vectors import TaskVector
-from server.digests import json_digest
 
 CPU_BATCH_SIZE = 64
 CUDA_BATCH_SIZE = 512

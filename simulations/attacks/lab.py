@@ -24,11 +24,11 @@ from clients.training.fit import fine_tune, load_encoder
 from clients.training.leakage import Doubles, Rows, hold_out, sequence_losses
 from common.catalog import Catalog
 from common.config import MergeMethod, RunConfig, TrainingSection
+from common.digests import json_digest, vector_digest
 from common.models.base import load_tensors, model_digest, resolve_base, trainable_tensors
 from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector, apply, read_vector
-from server.digests import json_digest, vector_digest
 from server.merge import run_merge
 from simulations.arrays import kept
 from simulations.attacks.config import AttackConfig

@@ -21,10 +21,10 @@ from clients.training.dataset import data_digest
 from clients.training.evaluate import evaluate
 from clients.training.fit import fine_tune, load_encoder
 from common.config import RunConfig
+from common.digests import json_digest, vector_digest
 from common.models.base import load_tensors, model_digest, resolve_base, save_model, trainable_tensors
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector, apply, read_vector
-from server.digests import json_digest, vector_digest
 from server.merge import run_merge
 from simulations.arrays import kept
 from simulations.config import SimulationConfig

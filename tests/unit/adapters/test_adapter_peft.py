@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.low_rank import LowRank
 from server.adapters import merge_adapters
-from server.adapters._factors import LowRank
 from server.adapters._read import read_adapter
 
 peft = pytest.importorskip("peft", reason="peft is a development dependency")

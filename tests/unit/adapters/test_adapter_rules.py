@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.low_rank import LowRank, distance, stack, truncate
 from server.adapters import adapter_methods, merge_adapters
-from server.adapters._factors import LowRank, distance, stack, truncate
 from server.adapters._knots import align
 from server.adapters._read import read_adapter
 

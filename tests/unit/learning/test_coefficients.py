@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common.coefficients import Granularity, as_table, group_tensors, layer_of
 from common.errors import ModelError, VectorError
 from common.models.encoder import Encoder
 from common.vectors import TaskVector
 from server.learning import merged as merged_module
-from server.learning.coefficients import Granularity, as_table, group_tensors, layer_of
 from server.learning.losses import entropy
 from server.learning.merged import MergedModel
 

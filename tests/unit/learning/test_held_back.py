@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from common.catalog import Catalog
 from common.config import LearningSection, TextSection
+from common.learning_state import LearningState, read_trajectory
 from common.vectors import TaskVector
 from server.learning import LearnedMerge, learn
 from server.learning.objective import Objective
 from server.learning.prepare import PseudoDomain, load_inputs, pseudo_domains, sample_items
 from server.learning.pseudo_users import draw, held_users, hold_back
 from server.learning.search import grid
-from server.learning.state import LearningState, read_trajectory
 
 SIZES = {"a": 40, "b": 25, "c": 2}
 
@@ -162,7 +162,7 @@ def test_state_takes_note_of_evaluations() -> None:
 
 def test_held_back_loss_is_that_of_the_loss_itself(case: Case, tmp_path: Path) -> None:
     """Against scores made by hand: every item is ranked, each domain counts alike."""
-    from server.learning.coefficients import group_tensors
+    from common.coefficients import group_tensors
     from server.learning.losses import LOSSES, mergerec
     from server.learning.merged import MergedModel
     from server.learning.teachers import with_vector

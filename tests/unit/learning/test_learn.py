@@ -12,11 +12,11 @@ import torch
 from common.catalog import Catalog
 from common.config import LearningSection, TextSection
 from common.errors import ConfigError, DataError, ModelError, VectorError
+from common.learning_state import read_trajectory
 from common.models.encoder import Encoder
 from common.vectors import TaskVector
 from server.learning import LearnedMerge, learn
 from server.learning.losses import LOSSES
-from server.learning.state import read_trajectory
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""What a learning run needs to go on after kill -9: a small JSON state, and the trajectory it wrote.
+"""What learning of coefficients needs to go on after kill -9: a small JSON state, and its trajectory.
 
 The state holds coefficients, Adam's moments, the step, the coefficients at the last refresh of the item
 embeddings (which are encoded again from them), the best coefficients so far with their held-back loss, and
@@ -68,6 +68,20 @@ class LearningState:
         else:
             self.waited += 1
             self.stopped = self.waited >= patience
+
+    def adam(self, gradient_GD: Tensor, learning_rate: float) -> None:
+        """One step of torch's Adam (default betas, no weight decay) against this gradient."""
+        value_GD = self.coefficients_GD.requires_grad_()
+        adam = torch.optim.Adam([value_GD], lr=learning_rate, foreach=False)
+        adam.state[value_GD] = {
+            "step": torch.tensor(float(self.step)),
+            "exp_avg": self.mean_GD,
+            "exp_avg_sq": self.square_GD,
+        }
+        value_GD.grad = gradient_GD
+        adam.step()
+        self.coefficients_GD = value_GD.detach()
+        self.step += 1
 
     def save(self, path: Path, inputs: str) -> None:
         """Write the state whole or not at all; `inputs` is the digest of what is being learned."""

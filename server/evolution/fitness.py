@@ -1,0 +1,196 @@
+"""What may say how good a candidate is: one interface, three sources.
+
+- `ScoringFitness`: the server's own model scores labelled prompts that the operator has.
+- `DomainFitness`: the domains score the candidate's numbers on prompts that never leave them; each returns
+  one rounded number a candidate (`clients.fitness` is their side).
+- `AgreementFitness`, `EntropyFitness`: prompts without labels, made from public catalogs. The first asks how
+  far the candidate's ranking of a domain's prompts is from that of the domain's own adapter; the second how
+  sure the candidate is of its first tokens, which is no proof that it is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common.config import LoraSection
+from common.digests import json_digest
+from common.errors import DataError, VectorError
+from common.language.adapters import Adapter
+from common.language.model import CausalLM
+from common.language.pool import Candidate, Pool
+from common.language.prompts import Template
+from common.language.records import Ranking
+from common.language.scoring import candidate_scores, first_token_entropies
+from common.language.validation import Sample, Validation
+
+AskDomain = Callable[[str, Sequence[Candidate]], Sequence[float]]
+
+
+class Fitness(Protocol):
+    """Scores candidates. Losses only: neither parameters nor gradients pass through here."""
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """What the losses follow from, as JSON: an interrupted search goes on only with the same key."""
+
+    def losses(self, candidates: Sequence[Candidate]) -> Sequence[float]:
+        """One loss for each candidate, lower is better; not finite where there is none."""
+
+
+class ModelFitness:
+    """Candidates mixed from a pool and put into one model; what to measure there is the subclass's `loss`.
+
+    A whole generation is mixed at once, because its candidates share work.
+    """
+
+    def __init__(self, lm: CausalLM, lora: LoraSection, pool: Pool, base: str) -> None:
+        """`base` is the digest of the base model. Attaches LoRA layers. Raises ModelError, VectorError."""
+        self.lm, self.pool = lm, pool
+        self._shared = {"base": base, "lora": lora.model_dump(mode="json")}
+        lm.attach(lora)
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The losses of the mixed adapters."""
+        return [self.of(adapter) for adapter in self.pool.mix(candidates)]
+
+    def of(self, adapter: Adapter) -> float:
+        """The loss with any adapter of the pool's shape."""
+        self.lm.set_adapter(adapter)
+        with torch.no_grad():
+            return self.loss()
+
+    def loss(self) -> float:
+        """The loss of the model as it is."""
+        raise NotImplementedError
+
+
+class ScoringFitness(ModelFitness):
+    """Mean negative log-likelihood a token of the answers to labelled prompts."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        lora: LoraSection,
+        pool: Pool,
+        base: str,
+        samples: Sequence[Sample],
+        batch_size: int = 8,
+    ) -> None:
+        """Raises DataError without samples, or where one is too long for the model."""
+        super().__init__(lm, lora, pool, base)
+        self._validation = Validation(lm, samples, batch_size)
+        self.key = {**self._shared, "source": "scoring", "samples": json_digest({"samples": list(samples)})}
+
+    def loss(self) -> float:
+        return float(self._validation.losses().mean())
+
+
+class EntropyFitness(ModelFitness):
+    """Mean entropy of the first answer tokens of prompts without labels."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        lora: LoraSection,
+        pool: Pool,
+        base: str,
+        prompts: Sequence[str],
+        tokens: int = 3,
+        batch_size: int = 8,
+    ) -> None:
+        """Raises DataError without prompts."""
+        super().__init__(lm, lora, pool, base)
+        _check_some(prompts)
+        self._prompts, self._tokens, self._batch_size = list(prompts), tokens, batch_size
+        self.key = {**self._shared, "source": "entropy", "tokens": tokens, "prompts": json_digest({"p": prompts})}
+
+    def loss(self) -> float:
+        return float(first_token_entropies(self.lm, self._prompts, self._tokens, self._batch_size).mean())
+
+
+class AgreementFitness(ModelFitness):
+    """How far a candidate ranks each domain's prompts from how the domain's own adapter does.
+
+    Mean over all prompts of `T^2 KL(softmax(t / T) || softmax(s / T))`: MergeRec's distillation loss, with the
+    candidates' mean log-likelihoods a token as scores s, and the domain's adapter as teacher t.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        lora: LoraSection,
+        pool: Pool,
+        base: str,
+        template: Template,
+        rankings: Mapping[str, Sequence[Ranking]],
+        temperature: float = 0.05,
+        batch_size: int = 8,
+    ) -> None:
+        """`rankings` by the label of the adapter that teaches them. Raises DataError, VectorError."""
+        super().__init__(lm, lora, pool, base)
+        unknown = sorted(set(rankings) - set(pool.labels))
+        if unknown:
+            raise VectorError(f"prompts of {unknown[0]}, but no adapter", next_step="leave its prompts out")
+        self._rankings = [ranking for label in sorted(rankings) for ranking in rankings[label]]
+        _check_some(self._rankings)
+        self._template, self._temperature, self._batch_size = template, temperature, batch_size
+        self._teachers: list[Tensor] = []
+        for label in sorted(rankings):
+            lm.set_adapter(pool.adapter(label))
+            self._teachers += self._scores(rankings[label])
+        self.key = {
+            **self._shared,
+            "source": "agreement",
+            "temperature": temperature,
+            "template": template.model_dump(mode="json"),
+            "rankings": {
+                label: json_digest({"rankings": [asdict(ranking) for ranking in rankings[label]]})
+                for label in sorted(rankings)
+            },
+        }
+
+    def loss(self) -> float:
+        students = self._scores(self._rankings)
+        return math.fsum(map(self._distance, self._teachers, students)) / len(students)
+
+    def _scores(self, rankings: Sequence[Ranking]) -> list[Tensor]:
+        return candidate_scores(self.lm, self._template, rankings, self._batch_size) if rankings else []
+
+    def _distance(self, teacher: Tensor, student: Tensor) -> float:
+        logs = [(scores / self._temperature).log_softmax(0) for scores in (student, teacher)]
+        divergence = torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
+        return float(divergence) * self._temperature**2
+
+
+class DomainFitness:
+    """The mean of what the domains answer; of one domain, what it answers.
+
+    `ask(domain, candidates)` gives the domain's numbers. A domain that answers nothing finite for a candidate
+    makes the candidate's loss NaN: leaving it out would compare candidates on different domains.
+    """
+
+    def __init__(self, domains: Sequence[str], ask: AskDomain, facts: Mapping[str, Any]) -> None:
+        """`facts`: what the domains measure, for the key (run, base, metric). Raises DataError without any."""
+        if not domains:
+            raise DataError("no domain to ask for fitness", next_step="name at least one")
+        self._domains, self._ask = sorted(domains), ask
+        self.key = {"source": "domains", "domains": self._domains, **facts}
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The domains' mean for each candidate."""
+        answers = [list(self._ask(domain, candidates)) for domain in self._domains]
+        for domain, own in zip(self._domains, answers, strict=True):
+            if len(own) != len(candidates):
+                raise DataError(f"domain {domain} answered {len(own)} of {len(candidates)} candidates")
+        return [math.fsum(column) / len(column) for column in zip(*answers, strict=True)]
+
+
+def _check_some(prompts: Sequence[object]) -> None:
+    if not prompts:
+        raise DataError("no prompts to score candidates on", next_step="give at least one")
