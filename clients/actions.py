@@ -27,9 +27,10 @@ from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
 from common.catalog import Catalog
 from common.config import RunConfig
+from common.crossing import crossing_tensors
 from common.errors import BaseMismatchError, GateError, ParcelError, PolicyError, RefusedError, TransportError
 from common.files import sha256_bytes, write_atomic
-from common.models.base import model_digest, resolve_base, trainable_tensors
+from common.models.base import model_digest, resolve_base
 from common.orders import CONTRIBUTE, EVALUATE, INSTALL, REVOKE, Order
 from common.parcels import SERVER, Codec, Kind, bucket, draft
 from common.payloads import encode_values
@@ -62,7 +63,7 @@ class Actions:
             return
         base = resolve_base(self._home.config.base)
         self._check_base(order, base)
-        tensors = trainable_tensors(base)
+        tensors = crossing_tensors(base, order.config)
         if order.action == CONTRIBUTE:
             self._home.policy.check_run(order.config, tensors)
             if self._home.policy.require_isolation and not isolation.possible():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -232,23 +232,36 @@ def recommend(
         bool, typer.Option("--compare", help="beside the domain's own fine-tuned model")
     ] = False,
     model: Annotated[Which, typer.Option(help="universal; own; or personal, see interpolate")] = "universal",
+    candidates: Annotated[str, typer.Option(help="rank these item ids alone, separated by commas")] = "",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="let a language model say why it puts the first one first")
+    ] = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Items that the installed universal model (or another of yours) recommends after a history."""
     from clients.serving import recommend as do_recommend
+    from clients.serving import why
 
     opened = _open(home)
     names = list(dict.fromkeys([model, "own"] if compare else [model]))
     models = {name: _model(opened, name) for name in names}
     domain = Domain.load(opened.data_folder)
-    items = [item.strip() for item in history.split(",") if item.strip()]
-    found = {name: do_recommend(folder, domain, items, k) for name, folder in models.items()}
+    items, only = ([item.strip() for item in text.split(",") if item.strip()] for text in (history, candidates))
+    found = {
+        name: do_recommend(folder, domain, items, k, candidates=only or None)
+        for name, folder in models.items()
+    }
+    said = {
+        name: why(models[name], domain, items, ranked[0][0]) for name, ranked in found.items() if explain
+    }
     if as_json:
-        rows = {
+        rows: dict[str, Any] = {
             name: [{"item": item, "title": title, "score": round(score, 6)} for item, title, score in ranked]
             for name, ranked in found.items()
         }
+        if explain:
+            rows["explanations"] = said
         typer.echo(json.dumps(rows, indent=1))
         return
     for name, ranked in found.items():
@@ -256,6 +269,8 @@ def recommend(
         for place, (item, title, score) in enumerate(ranked, 1):
             table.add_row(str(place), item, title, f"{score:.4f}")
         Console().print(table)
+        if name in said:
+            typer.echo(f"the {name} model's own words about the first: {said[name] or '(none)'}")
 
 
 def _model(home: ClientHome, name: str) -> Path:

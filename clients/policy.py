@@ -68,7 +68,7 @@ class EgressPolicy(Frozen):
         CARD_FIELDS, description="Numbers that the domain card may carry; counts only as buckets"
     )
     metrics: tuple[str, ...] = Field(
-        ("recall@10", "ndcg@10"),
+        ("recall@10", "ndcg@10", "recall@3", "ndcg@3", "ndcg@1", "valid-answers"),
         description="Aggregate metrics that may leave. Empty: none, and the run goes on without them",
     )
     min_users: int = Field(

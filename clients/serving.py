@@ -8,7 +8,7 @@
 
 Each holds `run.json` beside the model: the configuration of its run, for the text settings. A universal one
 also holds `comparison.json`: how it and the domain's own model do on the domain's test users.
-A model is named by its digest (`common.models.base.model_digest`), computed from what was written;
+A model is named by its digest (`common.language.adapters.folder_digest`), computed from what was written;
 it appears complete or not at all, and a model whose digest is not the announced one is not installed.
 """
 
@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 from common.config import RunConfig, TextSection, validate
 from common.errors import BaseMismatchError, ConfigError, DataError, ModelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_atomic
-from common.models.base import model_digest, save_model
+from common.language.adapters import folder_digest, is_adapter
+from common.models.base import save_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def install(
     if (
         digest
         and current(home) == models / "universal" / digest
-        and model_digest(current_or_fail(home)) == digest
+        and folder_digest(current_or_fail(home)) == digest
     ):
         write_settings(models / "universal" / digest, config)
         return models / "universal" / digest
@@ -72,14 +73,14 @@ def install(
                 shutil.copytree(source, staging)
             else:
                 save_model(base_folder, source, staging, readme=readme or _README)
-            got = model_digest(staging)
+            got = folder_digest(staging)
             if digest is not None and got != digest:
                 raise BaseMismatchError(
                     f"the universal model has digest {got[:16]}, announced was {digest[:16]}",
                     next_step="use the run's base model and fetch the parcel again",
                 )
             target = models / "universal" / got
-            if target.exists() and model_digest(target) != got:
+            if target.exists() and folder_digest(target) != got:
                 shutil.rmtree(target)  # damaged since; the staged one was verified
             if not target.exists():
                 staging.replace(target)
@@ -180,13 +181,19 @@ def recommend(
     text: TextSection | None = None,
     include_seen: bool = False,
     cache: Path | None = None,
+    candidates: Sequence[str] | None = None,
 ) -> list[Recommendation]:
     """The `k` best next items after a history (item ids, **oldest first**): `(item id, title, score)`.
 
-    `text` None takes the settings of the model's run. Scores are cosines; items of the history are left out
-    unless `include_seen`. `cache` is a folder where item embeddings are kept, by model and catalog. Raises
-    DataError naming an unknown item and the nearest known one, ModelError.
+    `text` None takes the settings of the model's run. Scores are cosines, or of a language model mean
+    log-likelihoods; items of the history are left out unless `include_seen` or named by `candidates`, which
+    (item ids) are then all that is ranked. `cache` is a folder where item embeddings are kept, by model and
+    catalog. Raises DataError naming an unknown item and the nearest known one, ModelError, and of a language
+    model ConfigError for a `k` that is too large.
     """
+    chosen = None if candidates is None else _indices(domain, candidates)
+    if is_adapter(model_folder):
+        return _recommend_by_language(model_folder, domain, history_item_ids, k, chosen, include_seen)
     import torch
 
     from clients.training.dataset import domain_tokens, recent_first
@@ -201,7 +208,11 @@ def recommend(
         recent_first(torch.tensor(history).numpy(), text.max_history_items), text.max_seq_len
     )
     score_I = item_IE @ encoder.encode([ids])[0]
-    if not include_seen:
+    if chosen is not None:
+        others = torch.ones(len(score_I), dtype=torch.bool)
+        others[chosen] = False
+        score_I[others] = -torch.inf
+    elif not include_seen:
         score_I[history] = -torch.inf
     best = torch.argsort(score_I, descending=True, stable=True)[:k]
     titles = domain.attributes.get("title") or tokens.texts
@@ -210,6 +221,38 @@ def recommend(
         for index in best
         if score_I[index] > -torch.inf
     ]
+
+
+def _recommend_by_language(
+    model_folder: Path,
+    domain: Domain,
+    history_item_ids: Sequence[str],
+    k: int,
+    candidates: Sequence[int] | None,
+    include_seen: bool,
+) -> list[Recommendation]:
+    from clients.language import rank_titles
+
+    history = _indices(domain, history_item_ids)
+    ranked = rank_titles(model_folder, domain, history, k, candidates=candidates, include_seen=include_seen)
+    titles = domain.attributes["title"]
+    return [(domain.item_ids[item], titles[item], score) for item, score in ranked]
+
+
+def why(model_folder: Path, domain: Domain, history_item_ids: Sequence[str], item_id: str) -> str:
+    """What an installed language model generates when asked why it recommends an item.
+
+    Raises ConfigError for another kind of model, DataError for an unknown item.
+    """
+    if not is_adapter(model_folder):
+        raise ConfigError(
+            "this model embeds texts and generates none, so it cannot say why",
+            next_step="leave --explain out, or take part in a run with a language model",
+        )
+    from clients.language import explain
+
+    (item,) = _indices(domain, [item_id])
+    return explain(model_folder, domain, _indices(domain, history_item_ids), item)
 
 
 def _indices(domain: Domain, item_ids: Sequence[str]) -> list[int]:
@@ -232,7 +275,7 @@ def _item_embeddings(encoder: Encoder, tokens: ItemTokens, model_folder: Path, c
     if cache is None:
         return encoder.encode(tokens.items())
     texts = sha256_bytes("\x1e".join(tokens.texts).encode())
-    path = cache / f"{model_digest(model_folder)[:16]}-{texts[:16]}.safetensors"
+    path = cache / f"{folder_digest(model_folder)[:16]}-{texts[:16]}.safetensors"
     if path.is_file():
         known: Tensor = load_file(path)["item_IE"]
         return known

@@ -10,7 +10,6 @@ from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.models.base import resolve_base, trainable_tensors
 from common.parcels import SERVER, Codec, Header, Kind, Receipt, draft
 from common.revocation import Revocation
 
@@ -25,7 +24,7 @@ def ask(home: ClientHome, run: str = "") -> tuple[str, Receipt]:
     home.journal.put(f"withdrawn/{vector.payload_digest}", {"run": vector.run})
     payload = home.work(vector.run) / "revocation.json"
     write_atomic(payload, Revocation(digest, vector.payload_digest).encode())
-    tensors = trainable_tensors(resolve_base(home.config.base))
+    tensors = {fact.name: fact.shape for fact in vector.tensors}
     home.gate.agree(vector.run, vector.base_digest, tensors)
     header = draft(
         payload,

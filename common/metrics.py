@@ -11,8 +11,15 @@ a number counts as better than the target, and a target without a number as wors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from common.config import RunConfig
+from common.errors import DataError
+
+VALID_ANSWERS = "valid-answers"  # share of generated answers that name a candidate
 
 
 def ranks(scores_BI: Tensor, target_B: Tensor, mask_BI: Tensor | None = None) -> Tensor:
@@ -47,6 +54,42 @@ def ndcg_gains(rank_B: Tensor, k: int = 10) -> Tensor:
     return torch.where(rank_B <= k, gain_B, torch.zeros_like(gain_B))
 
 
+def run_metrics(config: RunConfig) -> tuple[str, ...]:
+    """Every metric that a run of `config` may report."""
+    names = metric_names(config.evaluation.k)
+    return names if config.instruction is None else (*dict.fromkeys((*names, "ndcg@1", VALID_ANSWERS)),)
+
+
 def metric_names(k: int = 10) -> tuple[str, str]:
     """The names under which the two metrics appear everywhere: `recall@k` and `ndcg@k`."""
     return f"recall@{k}", f"ndcg@{k}"
+
+
+def auc(score_N: Tensor, label_N: Tensor) -> float:
+    """P(a positive scores above a negative) + P(equal) / 2, over all pairs of the two classes.
+
+    Ties count half here, as everywhere in the field: there is no list in which one would come first.
+    Raises DataError where one class is empty.
+    """
+    positive_P, negative_N = score_N[label_N.bool()].double(), score_N[~label_N.bool()].double()
+    if not len(positive_P) or not len(negative_N):
+        raise DataError("AUC needs positives and negatives", next_step="use more records")
+    ordered_N = negative_N.sort().values
+    below_P = torch.searchsorted(ordered_N, positive_P) + torch.searchsorted(
+        ordered_N, positive_P, right=True
+    )
+    return float(below_P.double().mean() / (2 * len(ordered_N)))
+
+
+def gauc(score_N: Tensor, label_N: Tensor, users: Sequence[str]) -> tuple[float, int]:
+    """The mean AUC of users with both classes (RecBench-MD), and how many users that are.
+
+    Raises DataError where no user has both.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, user in enumerate(users):
+        rows.setdefault(user, []).append(row)
+    both = [own for own in rows.values() if 0 < int(label_N[own].bool().sum()) < len(own)]
+    if not both:
+        raise DataError("no user has positives and negatives", next_step="use the AUC over all records")
+    return sum(auc(score_N[own], label_N[own]) for own in both) / len(both), len(both)

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from common.config import RunConfig, load_toml, validate
 from common.console import progress_bars
+from common.crossing import crossing_tensors
 from common.errors import ConfigError, FederationError
-from common.models.base import model_digest, resolve_base, trainable_tensors
+from common.models.base import model_digest, resolve_base
 from common.processes import listens
 from common.progress import read_status
 from common.signing import PublicKey
@@ -234,13 +235,13 @@ def create_run(home: ServerHome, config: RunConfig) -> Run:
     from server.merge import check_method
 
     for method in config.merge:
-        check_method(method)
+        check_method(method, config)
     base = resolve_base(config.base.model)
     members = tuple(m.domain for m in home.members.all() if not m.is_revoked)
     return home.runs.create(
         config,
         base_digest=model_digest(base),
-        tensors={name: list(shape) for name, shape in trainable_tensors(base).items()},
+        tensors={name: list(shape) for name, shape in crossing_tensors(base, config).items()},
         members=members,
     )
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from common.catalog import Catalog
-from common.config import MergeMethod, RunConfig, validate
+from common.config import LoraSection, MergeMethod, RunConfig, validate
 from common.digests import catalog_digest, json_digest, vector_digest
 from common.errors import ConfigError, IsthmusError
 from common.files import sha256_file, write_atomic
+from common.language.adapters import adapter_tensors, check_adapter
 from common.models.base import model_digest
 from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
@@ -62,13 +63,17 @@ def known_methods() -> list[str]:
     return sorted([*methods(), *LEARNED_PAPERS])
 
 
-def check_method(method: MergeMethod) -> dict[str, Any]:
+def check_method(method: MergeMethod, config: RunConfig | None = None) -> dict[str, Any]:
     """The method's options, checked and complete. Raises ConfigError with the nearest known name.
+
+    With the `config` of a run that has `[lora]` the methods are those of `server.language.registry`.
 
     For a learned method: `granularity` ("domain", "layer", "tensor"), `process` ("none", "ties", ...) and the
     options of that process. Nothing is computed, so a run can be checked before it starts.
     """
     where = f"merge {method.label!r} options"
+    if config is not None and config.lora is not None:
+        return _check_adapter_method(method)
     if method.method in methods():
         if method.learning is not None:
             raise ConfigError(
@@ -98,7 +103,7 @@ def run_merge(
     (method, options), VectorError (naming domain and tensor), DataError (catalog), ModelError (base,
     divergence), StorageError.
     """
-    options = check_method(method)
+    options = check_method(method, config)
     taus = {name: taus[name] for name in sorted(taus)}
     check_vectors(taus)
     config = config.model_copy(update={"learning": method.learning or config.learning})
@@ -152,6 +157,10 @@ class _Job:
     cache: Path
 
     def run(self, report: Report) -> _Merged:
+        if self.config.lora is not None:
+            return self._merge_adapters(
+                self.config.lora, prefixed(report, f"merge {self.method.label}", "merge")
+            )
         if self.method.method in LOSSES:
             return self._learn(prefixed(report, f"merge {self.method.label}"))
         if self.method.method == AUTO:
@@ -160,18 +169,15 @@ class _Job:
 
     def inputs(self) -> dict[str, Any]:
         """All that the result follows from, as digests and settings."""
-        learns, config = self.method.method in LEARNED_PAPERS, self.config
+        config = self.config
+        learns = config.lora is None and self.method.method in LEARNED_PAPERS
         inputs: dict[str, Any] = {
             "base_model": model_digest(self.base_folder),
             "vectors": {name: vector_digest(tau) for name, tau in self.taus.items()},
         }
         if learns or self._needs_grams:
             inputs |= {
-                "catalogs": {
-                    name: catalog_digest(self.catalogs[name], config.text.attributes)
-                    for name in self.taus
-                    if name in self.catalogs
-                },
+                "catalogs": self._catalog_digests(),
                 "text": config.text.model_dump(mode="json"),
                 "seed": config.run.seed,
             }
@@ -179,12 +185,36 @@ class _Job:
             inputs |= {"learning": config.learning.model_dump(mode="json"), "pooling": config.base.pooling}
         elif self._needs_grams:
             inputs |= {"items_per_domain": GRAM_ITEMS}
+        if config.lora is not None:
+            sections = config.model_dump(mode="json", include={"lora", "instruction", "text"})
+            inputs |= {**sections, "seed": config.run.seed, "catalogs": self._catalog_digests()}
         key = {"schema": SCHEMA_VERSION, "method": self.method.method, "options": self.options, **inputs}
         return {**inputs, "digest": json_digest(key)}
 
+    def _catalog_digests(self) -> dict[str, str]:
+        catalogs, attributes = self.catalogs, self.config.text.attributes
+        return {name: catalog_digest(catalogs[name], attributes) for name in self.taus if name in catalogs}
+
+    def _merge_adapters(self, lora: LoraSection, report: Report) -> _Merged:
+        from server.language.registry import METHODS, AdapterInputs
+
+        started_s, table = time.monotonic(), adapter_tensors(self.base_folder, lora)
+        for adapter in self.taus.values():
+            check_adapter(adapter, table)
+        found = METHODS[self.method.method](
+            AdapterInputs(self.base_folder, lora, self.taus, self.catalogs, self.config, self.folder, report),
+            self.options,
+        )
+        check_adapter(found.adapter, table)
+        return _Merged(found.adapter, time.monotonic() - started_s, found.coefficients, found.facts)
+
     @property
     def _needs_grams(self) -> bool:
-        return self.method.method in methods() and methods()[self.method.method].needs == "grams"
+        return (
+            self.config.lora is None
+            and self.method.method in methods()
+            and methods()[self.method.method].needs == "grams"
+        )
 
     def _merge(self, report: Report) -> _Merged:
         started_s, phase = time.monotonic(), f"merge {self.method.label}"
@@ -246,6 +276,18 @@ class _Job:
         return _Merged(chosen.vector, time.monotonic() - started_s, chosen.coefficients, choice)
 
 
+def _check_adapter_method(method: MergeMethod) -> dict[str, Any]:
+    from server.language.registry import METHODS
+
+    if method.learning is not None:
+        raise ConfigError(
+            f"merge {method.label!r}: adapters have no pseudo-user learning section", next_step="remove it"
+        )
+    if method.method not in METHODS:
+        raise unknown_name("merge method of adapters", method.method, METHODS)
+    return METHODS[method.method].check(method.options)
+
+
 def _read(folder: Path, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> MergeResult | None:
     """The journaled result if it is whole and of these inputs."""
     try:
@@ -270,7 +312,7 @@ def _result(record: dict[str, Any], vector: TaskVector, folder: Path, *, resumed
         vector=vector,
         coefficients=record["coefficients"],
         seconds=record["seconds"],
-        trajectory_path=trajectory if record["method"] in LOSSES else None,
+        trajectory_path=trajectory if record["method"] in LOSSES and trajectory.is_file() else None,
         inputs=record["inputs"],
         resumed=resumed,
         facts=record.get("facts", {}),

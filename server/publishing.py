@@ -1,8 +1,8 @@
 """The universal model as a folder that others load without us.
 
-It is in sentence-transformers layout with a model card (README.md) and `merge.json`, the same facts for
-machines. Both state digests; neither holds anything about a user. The owners get the merged vector as a
-parcel and compose the same model themselves.
+It is in sentence-transformers layout, or in PEFT's where the run trains adapters, with a model card
+(README.md) and `merge.json`, the same facts for machines. Both state digests; neither holds anything about a
+user. The owners get the merged vector as a parcel and compose the same model themselves.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from common.config import EMBEDDED_BASE, RunConfig
+from common.config import EMBEDDED_BASE, InstructionSection, RunConfig
 from common.files import replace_folder, write_atomic
+from common.language.adapters import folder_digest, save_adapter
+from common.language.merged import merge_into_base
 from common.models.base import load_tensors, model_digest, save_model
 from common.vectors import TaskVector, apply
 from server.merge import LEARNED_PAPERS, MergeResult
@@ -53,17 +55,31 @@ def publish(base_folder: Path, result: MergeResult, provenance: Provenance, out:
 
     Raises VectorError when the vector does not fit the base, StorageError when the disk is full.
     """
-    tensors = _changed(base_folder, result.vector)
+    config = provenance.config
     record = _record(base_folder, result, provenance)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.with_name(f".{out.name}.stage")
     shutil.rmtree(stage, ignore_errors=True)
-    pooling = provenance.config.base.pooling
-    save_model(base_folder, tensors, stage, readme=_card(record, provenance), pooling=pooling)
-    record["model_digest"] = model_digest(stage)
+    card = _card(record, provenance)
+    if config.lora is None:
+        tensors = _changed(base_folder, result.vector)
+        save_model(base_folder, tensors, stage, readme=card, pooling=config.base.pooling)
+    else:
+        save_adapter(base_folder, config.lora, result.vector, stage, card)
+    record["model_digest"] = folder_digest(stage)
     write_atomic(stage / MERGE_FILE, (json.dumps(record, indent=2) + "\n").encode("ascii"))
     replace_folder(stage, out)
     return record
+
+
+def publish_merged(base_folder: Path, result: MergeResult, provenance: Provenance, out: Path) -> None:
+    """Write the base with the universal adapter merged into it to `out`, for servers that take no adapter.
+
+    Raises as `publish`.
+    """
+    if provenance.config.lora is not None:
+        card = _card(_record(base_folder, result, provenance), provenance, merged=True)
+        merge_into_base(base_folder, provenance.config.lora, result.vector, out, card)
 
 
 def _changed(base_folder: Path, vector: TaskVector) -> dict[str, torch.Tensor]:
@@ -74,7 +90,6 @@ def _changed(base_folder: Path, vector: TaskVector) -> dict[str, torch.Tensor]:
 
 
 def _record(base_folder: Path, result: MergeResult, provenance: Provenance) -> dict[str, Any]:
-    method = methods().get(result.method)
     return {
         "schema": 1,
         "run": provenance.run,
@@ -82,7 +97,7 @@ def _record(base_folder: Path, result: MergeResult, provenance: Provenance) -> d
         "base": {"name": _base_name(provenance.config), "digest": model_digest(base_folder)},
         "label": result.label,
         "method": result.method,
-        "source": method.paper if method else LEARNED_PAPERS.get(result.method, ""),
+        "source": _paper(result.method, provenance.config),
         "options": result.options,
         "domains": {
             name: {
@@ -98,6 +113,14 @@ def _record(base_folder: Path, result: MergeResult, provenance: Provenance) -> d
     }
 
 
+def _paper(method: str, config: RunConfig) -> str:
+    if config.lora is not None:
+        from server.language.registry import METHODS
+
+        return METHODS[method].paper
+    return methods()[method].paper if method in methods() else LEARNED_PAPERS.get(method, "")
+
+
 def _public_config(config: RunConfig) -> dict[str, Any]:
     """The run's configuration without the path of a local base."""
     public = config.model_dump(mode="json")
@@ -110,17 +133,15 @@ def _base_name(config: RunConfig) -> str:
     return EMBEDDED_NAME if config.base.model == EMBEDDED_BASE else "local folder"
 
 
-def _card(record: dict[str, Any], provenance: Provenance) -> str:
+def _card(record: dict[str, Any], provenance: Provenance, *, merged: bool = False) -> str:
     synthetic = [name for name in record["domains"] if name in provenance.synthetic]
+    of_adapters = provenance.config.lora is not None
+    front = _language_front_matter(record, merged) if of_adapters else _front_matter(record, bool(synthetic))
     parts = [
-        _front_matter(record, bool(synthetic)),
+        front,
         f"# Universal recommender of run `{record['run']}`",
         _intro(record, synthetic),
-        "## Use\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        'model = SentenceTransformer("path/to/this/folder")\n'
-        'history = "title: Second item bought; title: First item bought"  # most recent first\n'
-        "scores = model.encode([history]) @ model.encode(catalog_texts).T\n```\n\n"
-        + _text_rule(provenance.config),
+        "## Use\n\n" + (_use_language(provenance.config, merged) if of_adapters else _use(provenance.config)),
         "## Base\n\n" + f"{record['base']['name']}, digest `{record['base']['digest']}`",
         "## Domains\n\n| Domain (pseudonym) | Data | Task vector (SHA-256) |\n|---|---|---|\n"
         + "\n".join(
@@ -132,6 +153,40 @@ def _card(record: dict[str, Any], provenance: Provenance) -> str:
         "## Configuration\n\n```json\n" + json.dumps(record["config"], indent=2) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(config: RunConfig) -> str:
+    return (
+        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("path/to/this/folder")\n'
+        'history = "title: Second item bought; title: First item bought"  # most recent first\n'
+        "scores = model.encode([history]) @ model.encode(catalog_texts).T\n```\n\n" + _text_rule(config)
+    )
+
+
+def _use_language(config: RunConfig, merged: bool) -> str:
+    """How the adapter, or the model that it is merged into, is loaded, and what it was trained to answer."""
+    load = (
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        if merged
+        else "from peft import PeftModel\n\n"
+        'base = AutoModelForCausalLM.from_pretrained("the/base/model")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
+    )
+    asked = config.instruction or InstructionSection()
+    return (
+        f"```python\nfrom transformers import AutoModelForCausalLM\n{load}```\n\n"
+        f"It ranks {asked.candidates} candidate titles after a history of at most {asked.history_items}; the "
+        f"prompt is Isthmus' template `{asked.template}`."
+    )
+
+
+def _language_front_matter(record: dict[str, Any], merged: bool) -> str:
+    library = "transformers" if merged else "peft"
+    tags = ["recommendation", "sequential-recommendation", "model-merging", "federated", record["method"]]
+    tags += [] if merged else ["lora"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "license: other", "tags:"]
+    return "\n".join(["---", *lines, *[f"- {tag}" for tag in tags], "---"])
 
 
 def _front_matter(record: dict[str, Any], synthetic: bool) -> str:

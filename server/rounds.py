@@ -16,9 +16,10 @@ from typing import Any
 from common.catalog import Catalog
 from common.errors import FederationError
 from common.files import write_atomic
+from common.language.adapters import folder_digest
 from common.ledger import Journal
-from common.metrics import metric_names
-from common.models.base import model_digest, resolve_base
+from common.metrics import run_metrics
+from common.models.base import resolve_base
 from common.orders import EVALUATE, INSTALL, ROUND, Candidate
 from common.parcels import EVERYONE, SERVER, Codec, Kind, Parcel, code_version, draft, seal_parcel
 from common.progress import StatusFile
@@ -27,7 +28,7 @@ from server.federation import Control, GridLike, Outcome, ask_for_metrics, contr
 from server.home import ServerHome
 from server.merge import MergeResult, run_merge
 from server.outliers import survey
-from server.publishing import Provenance, publish
+from server.publishing import Provenance, publish, publish_merged
 from server.results import VECTORS, write_results
 from server.roots import keep_checkpoints
 from server.runs import DONE, RUNNING, Run
@@ -102,7 +103,7 @@ def open_run(run: Run, **changes: Any) -> OpenRun:
         "domains": frozenset(run.spec.members),
         "tensors": {name: tuple(shape) for name, shape in run.spec.tensors.items()},
         "rounds": ROUND[INSTALL] + 1,
-        "metrics": frozenset(metric_names(run.spec.config.evaluation.k)),
+        "metrics": frozenset(run_metrics(run.spec.config)),
     }
     return OpenRun(**{**facts, **changes})
 
@@ -240,13 +241,12 @@ def publish_universal(
             synthetic=frozenset(pseudonyms[name] for name in inputs.synthetic),
             code_version=code_version(),
         )
-        publish(
-            resolve_base(config.base.model),
-            pseudonymous(replace(chosen, vector=published), pseudonyms),
-            provenance,
-            folder,
-        )
-    return _publish_vector(home, run, journal, chosen, Kind.UNIVERSAL_MODEL, model_digest(folder))
+        base = resolve_base(config.base.model)
+        named = pseudonymous(replace(chosen, vector=published), pseudonyms)
+        if config.lora is not None and config.lora.publish_merged:
+            publish_merged(base, named, provenance, run.folder / "merged")
+        publish(base, named, provenance, folder)
+    return _publish_vector(home, run, journal, chosen, Kind.UNIVERSAL_MODEL, folder_digest(folder))
 
 
 def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeResult:

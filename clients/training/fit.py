@@ -41,7 +41,7 @@ from common.progress import NO_REPORT, Report
 from common.vectors import apply, read_vector, subtract, write_vector
 
 JOURNAL = "result.json"
-_README = """# A domain's fine-tuned model
+README = """# A domain's fine-tuned model
 
 Made by Isthmus from private interactions. It stays with its owner: do not publish it.
 """
@@ -101,6 +101,10 @@ def fine_tune(
     limits.check(facts, epsilon_spent)
     report(phase="prepare")
     folder.mkdir(parents=True, exist_ok=True)
+    if config.lora is not None:
+        from clients.training.language import fine_tune_adapter  # a language model: peft is large
+
+        return fine_tune_adapter(domain, base_folder, config, folder, report, device=device)
     training = config.training
     encoder = load_encoder(base_folder, config, device=device)
     batches, kind = _batches(encoder, domain, config, privacy, folder)
@@ -147,6 +151,9 @@ def fit_key(domains: Sequence[Domain], base_folder: Path, config: RunConfig) -> 
         "base": model_digest(base_folder),
         "data": [data_digest(domain, config.text) for domain in domains],
     }
+    for name in ("lora", "instruction"):
+        if (section := getattr(config, name)) is not None:
+            statement[name] = section.model_dump(mode="json")
     if config.privacy.mechanism != "none":
         statement["privacy"] = config.privacy.model_dump(mode="json")
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()[:16]
@@ -202,8 +209,17 @@ def train(
 
     `batches` are of the sort that a trainer of this `kind` takes.
     """
+    plan = plan_of(config, max_steps=max_steps, eval_every_steps=eval_every_steps)
+    tower = TwoTower(encoder, set(trainable_tensors(base_folder)), config.training.temperature)
+    trained = train_tower(kind(tower, batches, validate, plan, folder, report))
+    check_frozen(tower, base_folder)
+    return trained
+
+
+def plan_of(config: RunConfig, *, max_steps: int, eval_every_steps: int) -> Plan:
+    """What `config.training` says, as a trainer takes it."""
     section = config.training
-    plan = Plan(
+    return Plan(
         learning_rate=section.learning_rate,
         weight_decay=section.weight_decay,
         warmup_steps=section.warmup_steps,
@@ -215,17 +231,19 @@ def train(
         seed=config.run.seed,
         metric=f"ndcg@{config.evaluation.k}",
     )
-    tower = TwoTower(encoder, set(trainable_tensors(base_folder)), section.temperature)
-    trainer = kind(tower, batches, validate, plan, folder, report)
+
+
+def train_tower(trainer: EncoderTrainer) -> Trained:
+    """Train from the newest checkpoint in the trainer's folder; returns the best tensors."""
+    folder = trainer.folder
     checkpoint = newest_checkpoint(folder)
     step = trainer.restore(checkpoint)
-    if not trainer.progress.finished(step, plan):
+    if not trainer.progress.finished(step, trainer.plan):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
     trainer.close()
-    check_frozen(tower, base_folder)
     best = load_file(folder / f"{BEST_PREFIX}{trainer.progress.best_step}.safetensors")
-    encoder.model.eval()
+    trainer.tower.backbone.eval()
     return Trained(
         tensors=dict(best),
         steps=step,
@@ -254,7 +272,14 @@ def _write_result(
     tau = read_vector(vector_path, trainable_tensors(base_folder), config.training.vector_codec)
     whole = apply(base, tau)
     fine_tuned = {name: whole[name] for name in tau}
-    save_model(base_folder, fine_tuned, model_folder, readme=_README, pooling=config.base.pooling)
+    save_model(base_folder, fine_tuned, model_folder, readme=README, pooling=config.base.pooling)
+    return record_result(folder, vector_path, model_folder, trained, facts)
+
+
+def record_result(
+    folder: Path, vector_path: Path, model_folder: Path, trained: Trained, facts: Privacy
+) -> FitResult:
+    """Journal a finished fine-tuning and remove what it went on from. Raises StorageError."""
     result = FitResult(
         vector_path=vector_path,
         vector_sha256=sha256_file(vector_path),

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clients.data.domain import Domain
 from clients.training.dataset import data_digest
-from clients.training.evaluate import evaluate
+from clients.training.evaluate import Evaluation, evaluate
 from clients.training.fit import fine_tune, load_encoder
 from clients.training.job import Candidate, Job
 from clients.training.leakage import check_release, hold_out
 from common.config import RunConfig
+from common.crossing import crossing_tensors
 from common.errors import BaseMismatchError, FederationError
 from common.files import write_atomic
-from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
+from common.language.adapters import folder_digest, is_adapter, save_adapter
+from common.models.base import load_tensors, save_model
 from common.progress import Report
 from common.vectors import apply, read_vector
+
+if TYPE_CHECKING:
+    from common.language.model import CausalLM
 
 ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
 _README = "# Universal model\n\nMade by Isthmus: the base model and a vector merged from several domains.\n"
@@ -63,7 +69,9 @@ def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     result["evaluations"] = {}
     for label, folder in ((ZERO_SHOT, base), (FINE_TUNED, fitted.model_folder)):
         if job.evaluate_after_fit:
-            result["evaluations"][label] = evaluate_once(folder, label, domain, job.config, work, report)
+            result["evaluations"][label] = evaluate_once(
+                folder, label, domain, job.config, work, report, base=base
+            )
     return result
 
 
@@ -78,7 +86,7 @@ def _candidates(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
         folder = work / "candidates" / candidate.label
         compose(base, candidate, job.config, folder)
         evaluations[candidate.label] = {
-            **evaluate_once(folder, candidate.label, domain, job.config, work, report),
+            **evaluate_once(folder, candidate.label, domain, job.config, work, report, base=base),
             "model_folder": str(folder),
         }
         if not candidate.keep:
@@ -87,12 +95,18 @@ def _candidates(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
 
 
 def compose(base: Path, candidate: Candidate, config: RunConfig, folder: Path) -> None:
-    """Write base + vector as a model folder. Raises VectorError, BaseMismatchError (another digest)."""
-    tau = read_vector(Path(candidate.vector), trainable_tensors(base), candidate.codec)
-    whole = apply(load_tensors(base), tau)
-    tensors = {name: whole[name] for name in tau}
-    save_model(base, tensors, folder, readme=_README, pooling=config.base.pooling)
-    found = model_digest(folder)
+    """Write base + vector as a model folder, or an adapter as an adapter's folder.
+
+    Raises VectorError, BaseMismatchError (another digest).
+    """
+    tau = read_vector(Path(candidate.vector), crossing_tensors(base, config), candidate.codec)
+    if config.lora is None:
+        whole = apply(load_tensors(base), tau)
+        tensors = {name: whole[name] for name in tau}
+        save_model(base, tensors, folder, readme=_README, pooling=config.base.pooling)
+    else:
+        save_adapter(base, config.lora, tau, folder, _README, base_name=str(base))
+    found = folder_digest(folder)
     if candidate.model_digest and found != candidate.model_digest:
         raise BaseMismatchError(
             f"the composed model has digest {found[:12]}, the server announced {candidate.model_digest[:12]}",
@@ -101,15 +115,24 @@ def compose(base: Path, candidate: Candidate, config: RunConfig, folder: Path) -
 
 
 def evaluate_once(
-    model_folder: Path, label: str, domain: Domain, config: RunConfig, work: Path, report: Report
+    model_folder: Path,
+    label: str,
+    domain: Domain,
+    config: RunConfig,
+    work: Path,
+    report: Report,
+    *,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on the test set unless `work/evaluations` holds just that, under whatever label.
+
+    An adapter's folder needs the `base` that it belongs to.
 
     Returns `{"label", "model_digest", "metrics", "users", "seconds", "key"}`; ranks of single users go
     to `work/per_user/<label>.parquet`.
     """
-    digest = model_digest(model_folder)
-    statement = {
+    digest = folder_digest(model_folder)
+    statement: dict[str, Any] = {
         "model": digest,
         "data": data_digest(domain, config.text),
         "text": config.text.model_dump(mode="json"),
@@ -118,6 +141,8 @@ def evaluate_once(
         "precision": config.training.precision,
         "seed": config.run.seed,
     }
+    if config.instruction is not None:
+        statement["instruction"] = config.instruction.model_dump(mode="json")
     key = hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
     path = work / "evaluations" / f"{label}.json"
     for known in _known_evaluations(path.parent):
@@ -125,8 +150,7 @@ def evaluate_once(
             record = {**known, "label": label}
             write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
             return record
-    encoder = load_encoder(model_folder, config, training=False)
-    found = evaluate(encoder, domain, config, "test", report, phase=f"evaluate {label}")
+    found = _evaluation(model_folder, base or model_folder, domain, config, report, f"evaluate {label}")
     found.write_per_user(work / "per_user" / f"{label}.parquet", domain)
     record = {
         "label": label,
@@ -138,6 +162,28 @@ def evaluate_once(
     }
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     return record
+
+
+def _evaluation(
+    model_folder: Path, base: Path, domain: Domain, config: RunConfig, report: Report, phase: str
+) -> Evaluation:
+    if config.instruction is None:
+        encoder = load_encoder(model_folder, config, training=False)
+        return evaluate(encoder, domain, config, "test", report, phase=phase)
+    from clients.training.language import wear
+    from clients.training.ranking import evaluate_rankings
+
+    lm = _language(base, config.model_dump_json())
+    wear(lm, base, config, model_folder if is_adapter(model_folder) else None)
+    return evaluate_rankings(lm, domain, config, "test", report, phase=phase)
+
+
+@functools.lru_cache(maxsize=1)
+def _language(base: Path, config: str) -> CausalLM:
+    """The base with LoRA layers, loaded once for all candidates of a job."""
+    from clients.training.language import load_language
+
+    return load_language(base, RunConfig.model_validate_json(config))
 
 
 def _known_evaluations(folder: Path) -> Iterator[dict[str, Any]]:

@@ -181,6 +181,8 @@ class UserHooks(GradSampleHooks):  # type: ignore[misc]
 class PrivateTrainer(EncoderTrainer):
     """`EncoderTrainer` whose gradients are private; every optimiser may follow, it sees nothing else."""
 
+    tower: TwoTower
+
     def __init__(
         self,
         tower: TwoTower,

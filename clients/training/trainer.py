@@ -1,7 +1,7 @@
 """`transformers.Trainer` with the parts replaced that the recipe and the crash rule need otherwise.
 
 The loop, AdamW, gradient clipping and skipping of seen batches on resume are the library's. Ours are:
-the loss (`loss.TwoTower`), the schedule (linear warm-up that starts above zero, so that even one step
+the loss (a `Tower`), the schedule (linear warm-up that starts above zero, so that even one step
 changes something, then linear decay), validation by full ranking with early stopping, the wall-clock
 budget, and checkpoints without pickle. No model card, no integration, no progress bar: the library
 writes nothing, and `metrics.jsonl` holds numbers alone.
@@ -15,9 +15,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from clients.training.checkpoint import (
     write_checkpoint,
 )
 from clients.training.dataset import Batch
-from clients.training.loss import TwoTower
 from common.errors import ModelError
 from common.files import write_atomic
 from common.progress import Report
@@ -77,14 +76,29 @@ class Progress:
         return step >= plan.max_steps or self.worse >= plan.patience
 
 
+class Tower(Protocol):
+    """A backbone with its loss: `forward(**batch)` gives `{"loss": scalar}`."""
+
+    backbone: nn.Module
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What trains, by the names under which it is kept (not copied)."""
+
+    def load_trained(self, tensors: dict[str, Tensor]) -> None:
+        """Put `trained_tensors` of an earlier moment back in place."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of any module."""
+
+
 class EncoderTrainer(Trainer):  # type: ignore[misc]
-    """Trains a `TwoTower` on prepared batches; `folder` holds checkpoints, best weights, metrics, clock."""
+    """Trains a `Tower` on prepared batches; `folder` holds checkpoints, best weights, metrics, clock."""
 
     lr_scheduler: Any
 
     def __init__(
         self,
-        tower: TwoTower,
+        tower: Tower,
         batches: torch.utils.data.Dataset[Batch],
         validate: Validate,
         plan: Plan,

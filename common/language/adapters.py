@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from common.config import LoraSection, validate
 from common.errors import ModelError, VectorError, suggest
 from common.files import replace_folder, storage_errors
-from common.models.base import is_table, read_config, read_entries
+from common.models.base import is_table, model_digest, read_config, read_entries
 from common.models.weights import FLOAT_DTYPES, tensor_table
 
 if TYPE_CHECKING:
@@ -257,6 +257,17 @@ def adapter_digest(folder: Path) -> str:
     config = {key: value for key, value in _read_settings(folder).items() if key not in _VOLATILE_KEYS}
     statement = {"tensors": tensor_table(folder / WEIGHTS_FILE), "config": config}
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
+
+
+def base_of(folder: Path) -> Path | None:
+    """The base model's folder, where an adapter's configuration names one on this host."""
+    named = _read_settings(folder).get("base_model_name_or_path")
+    return Path(named) if named and Path(named).is_dir() else None
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest that names an adapter or a model folder, whichever it is. Raises ModelError."""
+    return adapter_digest(folder) if is_adapter(folder) else model_digest(folder)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

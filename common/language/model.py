@@ -12,20 +12,24 @@ rebuild; texts are texts: a catalog title that spells a special token does not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from common.config import LoraSection
-from common.errors import ModelError, VectorError
+from common.errors import ModelError
+from common.language.adapters import Adapter, check_adapter
 from common.language.vocabulary import find_vocabulary, load_vocabulary
 from common.models.encoder import Precision, use_bf16
 
-Adapter = dict[str, Tensor]
 _NAME = "default"
 
 
@@ -100,18 +104,9 @@ class CausalLM:
     def set_adapter(self, adapter: Mapping[str, Tensor]) -> None:
         """Copy the tensors into the attached layers, in place. Raises VectorError naming a misfit."""
         parameters = self.lora_parameters()
-        if set(adapter) != set(parameters):
-            name = min(set(adapter) ^ set(parameters))
-            where = "missing" if name in parameters else "extra"
-            raise VectorError(f"adapter tensor {name!r} is {where}", next_step="use the run's modules")
+        check_adapter(adapter, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                if adapter[name].shape != parameter.shape:
-                    raise VectorError(
-                        f"adapter tensor {name!r} has shape {tuple(adapter[name].shape)}, "
-                        f"the model takes {tuple(parameter.shape)}",
-                        next_step="use an adapter of the run's rank and base",
-                    )
                 parameter.copy_(adapter[name])
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
@@ -156,10 +151,19 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
     listed = find_vocabulary(folder)
     try:
         tokenizer = load_vocabulary(listed) if listed is not None else _own_tokenizer(folder)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as err:
+        with _without_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise ModelError(
             f"{folder}: transformers cannot load it: {reason}", next_step="check the model folder"
@@ -180,6 +184,18 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
         )
     model.requires_grad_(False)
     return CausalLM(model.to(device).eval(), tokenizer)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers' own, which it draws without a terminal, too."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _own_tokenizer(folder: Path) -> Any:

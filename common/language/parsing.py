@@ -1,10 +1,14 @@
 """Reading the candidates out of a generated answer: real models number, quote, repeat, cut and invent.
 
-Each line is one entry. A line that holds several candidates' whole titles (a list on one line) counts for
-each, in the order in which they occur. Otherwise a line names the candidate whose title it is after taking
-off numbering, bullets, quotes, case, punctuation and white space; or which it begins (a title cut short, if
-no other candidate begins so); or which it nearly is (`NEAR` of the letters, and nearer than to any other).
-What names no candidate is made up and counted, and so is a repetition.
+Each line is one entry. It names the first of these that there is:
+
+1. the candidate whose title it is, but for numbering, bullets, quotes, case, white space and a full stop;
+2. the only candidate whose letters and digits it has;
+3. the only candidate that it begins (a title cut short; `SHORTEST` letters at least);
+4. every candidate whose whole title stands in it (a list on one line, a sentence), in that order;
+5. the candidate that it nearly is (`NEAR` of the letters, and nearer than any other by `MARGIN`).
+
+What names no candidate is made up and counted, and so is a repetition. Nothing is ever guessed between two.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-NEAR = 0.85  # share of equal letters from which on a misspelt title counts
-MARGIN = 0.05  # by which it must be nearer than to the next candidate
-SHORTEST_CUT = 4  # letters that a title cut short must still have
+from common.language.records import title_key
+
+NEAR, MARGIN = 0.85, 0.05
+SHORTEST = 4
 _MARK = re.compile(
-    r"^\s*(?:[-*\u2022>#]+\s*|\(?\[?\d{1,3}[\])]?[.):]?\s+|\d{1,3}[.):]\s*|[\"'`\u201c\u2018*]+\s*)+"
+    r"(?:[-*#>\u2022\u2013]+|\(\d{1,3}\)|\[\d{1,3}\]|\d{1,3}[.):])(?:\s+|\Z)|[*_\"'`\u201c\u2018\u201e]+"
 )
-_SYMBOL = re.compile(r"[\W_]+")
+_TAIL = re.compile(r"[\s.,;*_\"'`\u201d\u2019\u201c\u2026]+\Z")
+_SIGNS = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,14 @@ class Parsed:
 
 def parse_answer(text: str, candidates: Sequence[str]) -> Parsed:
     """The candidates that `text` names. Candidates are distinct (`Ranking` sees to it)."""
-    keys = [_plain(title) for title in candidates]
+    titles = [title_key(title) for title in candidates]
+    letters = [_letters(title) for title in candidates]
     order: list[int] = []
     made_up = repeated = 0
     for line in text.splitlines():
-        if not _plain(_MARK.sub("", line)) and not _plain(line):
-            continue
-        named = _named(line, keys)
-        made_up += not named
+        forms = _undressed(line)
+        named = _named([form for form in forms if form], titles, letters)
+        made_up += not named and bool(_letters(forms[-1]))
         for position in named:
             if position in order:
                 repeated += 1
@@ -59,50 +65,67 @@ def parse_answer(text: str, candidates: Sequence[str]) -> Parsed:
     return Parsed(tuple(order), made_up, repeated)
 
 
-def _named(line: str, keys: Sequence[str]) -> list[int]:
-    forms = list(dict.fromkeys(form for form in (_plain(line), _plain(_MARK.sub("", line))) if form))
+def _undressed(line: str) -> list[str]:
+    """The line, then without one mark after the other at its beginning, each also without quotes at its end.
+
+    The last form is what is left: empty where the line is nothing but marks.
+    """
+    forms: list[str] = []
+    rest = line.strip()
+    while rest:
+        forms += [title_key(rest), title_key(_TAIL.sub("", rest))]
+        mark = _MARK.match(rest)
+        if mark is None:
+            return forms
+        rest = rest[mark.end() :].lstrip()
+    return [*forms, ""]
+
+
+def _named(forms: list[str], titles: list[str], letters: list[str]) -> list[int]:
     for form in forms:
-        if keys.count(form) == 1:
-            return [keys.index(form)]
-    inside = _inside(forms[0], keys)
-    if inside:
-        return inside
-    for form in reversed(forms):
-        begun = [position for position, key in enumerate(keys) if key.startswith(form)]
-        if len(form) >= SHORTEST_CUT and len(begun) == 1:
+        if form in titles:
+            return [titles.index(form)]
+    plain = [form for form in dict.fromkeys(map(_letters, forms)) if form]
+    for form in plain:
+        if letters.count(form) == 1:
+            return [letters.index(form)]
+    begun: list[int] = []
+    for form in plain:
+        begun = [position for position, key in enumerate(letters) if key.startswith(form)]
+        if len(form) >= SHORTEST and len(begun) == 1:
             return begun
-    near = _nearest(forms[-1], keys)
-    return [] if near is None else [near]
+    if not plain or begun:  # what begins several titles tells none of them
+        return []
+    return _inside(plain[0], letters) or _nearest(plain[-1], letters)
 
 
-def _inside(line: str, keys: Sequence[str]) -> list[int]:
+def _inside(line: str, letters: list[str]) -> list[int]:
     """Whole titles in the line at word borders, in order; a title inside a longer one gives way."""
     found: list[tuple[int, int, int]] = []
-    for position, key in enumerate(keys):
-        at = f" {line} ".find(f" {key} ") if key else -1
-        if at >= 0:
-            found.append((at, at + len(key), position))
-    found = [
-        own for own in found
-        if not any(o[0] <= own[0] and own[1] <= o[1] and o[1] - o[0] > own[1] - own[0] for o in found)
-    ]  # fmt: skip
-    return [position for _, _, position in sorted(found)]
+    for position, key in enumerate(letters):
+        if len(key) >= SHORTEST and letters.count(key) == 1:
+            at = [match.start() for match in re.finditer(rf"(?<!\S){re.escape(key)}(?!\S)", line)]
+            found += [(start, start + len(key), position) for start in at]
+    apart = [
+        (start, position)
+        for start, end, position in found
+        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in found)
+    ]
+    return list(dict.fromkeys(position for _, position in sorted(apart)))
 
 
-def _nearest(form: str, keys: Sequence[str]) -> int | None:
+def _nearest(form: str, letters: list[str]) -> list[int]:
     ratios = []
-    for position, key in enumerate(keys):
+    for position, key in enumerate(letters):
         matcher = SequenceMatcher(None, form, key, autojunk=False)
         if matcher.real_quick_ratio() >= NEAR - MARGIN and matcher.quick_ratio() >= NEAR - MARGIN:
             ratios.append((matcher.ratio(), position))
     ratios.sort(reverse=True)
-    if not ratios or ratios[0][0] < NEAR:
-        return None
-    if len(ratios) > 1 and ratios[0][0] - ratios[1][0] < MARGIN:
-        return None
-    return ratios[0][1]
+    if not ratios or ratios[0][0] < NEAR or (len(ratios) > 1 and ratios[0][0] - ratios[1][0] < MARGIN):
+        return []
+    return [ratios[0][1]]
 
 
-def _plain(text: str) -> str:
+def _letters(text: str) -> str:
     """Letters and digits without case, everything else one space."""
-    return " ".join(_SYMBOL.sub(" ", text.casefold()).split())
+    return " ".join(_SIGNS.sub(" ", text.casefold()).split())

@@ -117,8 +117,9 @@ class Template(Frozen):
         return _lines(self.ranking.answer_item, titles[: self.answer_titles or len(titles)])
 
     def candidate_answers(self, ranking: Ranking) -> list[str]:
-        """For each candidate, how an answer that names it first begins."""
-        return [self.ranking.answer_item.format(title=title) for title in ranking.candidates]
+        """For each candidate, how an answer that names it first begins, up to the next title if any."""
+        end = "" if self.answer_titles == 1 else "\n"
+        return [self.ranking.answer_item.format(title=title) + end for title in ranking.candidates]
 
     def yes_no_prompt(self, record: YesNo) -> str:
         """The prompt: everything before Yes or No."""

@@ -5,8 +5,9 @@ cost one prompt and 30 titles (`answer_scores`). Prompts of a batch are padded o
 between prompt and answer is masked; positions go on where the prompt ended. So every figure is that of the
 plain computation on prompt and answer alone, up to rounding.
 
-A candidate's score is the mean log-likelihood a token of the title and the end of the text: a title that
-begins another is told from it, and long titles are not worse for being long.
+A candidate's score is the mean log-likelihood a token of the title and of what ends it in an answer, the end
+of the text or of the line: a title that begins another is told from it, and long titles are not worse for
+being long.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 
 Ids = list[int]
-MAX_ROWS = 256  # answers at a time that share the keys and values of their prompts
+ROWS_BYTES = 1 << 30  # what the expanded keys and values, and the logits, of answers may take at a time
 
 
 def candidate_scores(
@@ -43,7 +44,9 @@ def candidate_scores(
             chosen = rankings[start : start + batch_size]
             prompts = [template.ranking_prompt(ranking) for ranking in chosen]
             answers = [
-                lm.encode_answers(prompt, template.candidate_answers(ranking))
+                lm.encode_answers(
+                    prompt, template.candidate_answers(ranking), end=template.answer_titles == 1
+                )
                 for prompt, ranking in zip(prompts, chosen, strict=True)
             ]
             found += answer_scores(lm, [lm.encode(prompt) for prompt in prompts], answers)
@@ -60,8 +63,9 @@ def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequen
     rows = [(n, answer) for n, own in enumerate(answers) for answer in own]
     means = torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    for start in range(0, len(order), MAX_ROWS):
-        chosen = order[start : start + MAX_ROWS]
+    at_once = max(1, ROWS_BYTES // run.row_bytes(len(rows[order[-1]][1])))
+    for start in range(0, len(order), at_once):
+        chosen = order[start : start + at_once]
         means[chosen] = run.log_likelihoods(
             [rows[row][0] for row in chosen], [rows[row][1] for row in chosen]
         ).cpu()
@@ -201,6 +205,11 @@ class _Prompts:
             logits_to_keep=last,
         ).logits
         self.logits_BV = logits_BTV[torch.arange(len(prompts), device=lm.device), at_B]
+
+    def row_bytes(self, tokens: int) -> int:
+        """Memory of one answer of so many tokens: its keys and values, and its logits twice in float32."""
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return int(kept // len(self.logits_BV)) + 8 * tokens * int(self.logits_BV.shape[1])
 
     def log_likelihoods(self, prompt_N: Sequence[int], answers: Sequence[Ids]) -> Tensor:
         """Mean log-likelihood a token [N] of `answers[n]` after prompt `prompt_N[n]`."""

@@ -30,7 +30,7 @@ __all__ = ["METHODS", "AdapterInputs", "AdapterMethod", "AdapterResult", "Option
 class AdapterInputs:
     """What a method merges.
 
-    `adapters` are by domain, in the order of the names, float32 on the CPU, and of the run's table; `catalogs`
+    `adapters` are by domain, in the order of the names, float32 on the CPU, of the run's table; `catalogs`
     likewise; `work` is the merge's own folder, which survives a kill.
     """
 

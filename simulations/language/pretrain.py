@@ -38,7 +38,7 @@ from common.errors import ConfigError
 from common.files import replace_folder, write_atomic
 from common.language.prompts import Template
 from common.progress import NO_REPORT, Report
-from server.digests import json_digest
+from common.digests import json_digest
 from simulations.language.config import LanguageConfig, PretrainingSection
 from simulations.language.start import co_occurrence, near_identity
 from simulations.language.text import PseudoUsers, document, lines, split_catalogs

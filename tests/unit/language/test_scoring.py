@@ -19,6 +19,7 @@ from common.language.scoring import (
 )
 
 TEMPLATE = Template.load("next")
+LISTING = Template.load("ranking")
 
 
 def naive_mean(lm: Any, prompt: list[int], answer: list[int]) -> float:
@@ -30,14 +31,18 @@ def naive_mean(lm: Any, prompt: list[int], answer: list[int]) -> float:
     return sum(float(logs_TV[t, token]) for t, token in zip(steps, answer, strict=True)) / len(answer)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_candidate_scores_are_exact(lm: Any, rankings: list[Ranking], batch_size: int) -> None:
-    scores = candidate_scores(lm, TEMPLATE, rankings, batch_size)
+@pytest.mark.parametrize(("batch_size", "template"), [(1, TEMPLATE), (2, LISTING), (8, TEMPLATE)])
+def test_candidate_scores_are_exact(
+    lm: Any, rankings: list[Ranking], batch_size: int, template: Template
+) -> None:
+    scores = candidate_scores(lm, template, rankings, batch_size)
     assert [len(own) for own in scores] == [4, 3, 2]
     for ranking, own in zip(rankings, scores, strict=True):
-        prompt = TEMPLATE.ranking_prompt(ranking)
+        prompt = template.ranking_prompt(ranking)
         for title, score in zip(ranking.candidates, own.tolist(), strict=True):
-            (answer,) = lm.encode_answers(prompt, [title])
+            answer = lm.tokenizer(title)["input_ids"] + lm.tokenizer("\n")["input_ids"]
+            if template is TEMPLATE:
+                answer[-1] = lm.eos_ids[0]
             assert score == pytest.approx(naive_mean(lm, lm.encode(prompt), answer), abs=1e-4)
 
 

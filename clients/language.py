@@ -1,0 +1,120 @@
+"""Recommendations by an adapted language model: it ranks candidate titles after a history, and may say why.
+
+A prompt holds as many candidates as the model was trained on. A whole catalog is ranked as a tournament: groups
+of that size, the best of each go on, until one group is left; so a catalog of I items costs about
+`3 I / (2 candidates)` prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from clients.data.domain import Domain
+from clients.serving import settings_of
+from clients.training.language import load_language
+from clients.training.ranking import fitted
+from common.config import InstructionSection, RunConfig
+from common.errors import ConfigError, DataError, ModelError
+from common.language.adapters import CONFIG_FILE, base_of
+from common.language.model import CausalLM
+from common.language.prompts import Template
+from common.language.records import Ranking, title_key
+from common.language.scoring import candidate_scores, generate
+
+EXPLANATION_TOKENS = 64
+
+
+def rank_titles(
+    model_folder: Path,
+    domain: Domain,
+    history: Sequence[int],
+    k: int,
+    *,
+    candidates: Sequence[int] | None = None,
+    include_seen: bool = False,
+) -> list[tuple[int, float]]:
+    """The best `k` items (index, score) of `candidates`, or of the catalog, after `history`, oldest first.
+
+    Scores are mean log-likelihoods a token of the title, comparable within the last group alone. Items without
+    a title, and others of a title that came before, are left out. Raises DataError where fewer than two are
+    left, ConfigError where `k` is more than a group can give.
+    """
+    config = settings_of(model_folder)
+    section = config.instruction or InstructionSection()
+    pool = _distinct(domain, range(len(domain.item_ids)) if candidates is None else candidates)
+    if candidates is None and not include_seen:
+        pool = [item for item in pool if item not in set(history)]
+    if len(pool) < 2:
+        raise DataError(
+            f"{len(pool)} items with titles to rank, expected two or more", next_step="name more candidates"
+        )
+    if k > section.candidates // 2 and len(pool) > section.candidates:
+        raise ConfigError(
+            f"-k {k}: at most {section.candidates // 2} of a whole catalog",
+            next_step=f"the model was trained on {section.candidates} candidates at a time",
+        )
+    lm = _load(model_folder, config)
+    kept = max(k, section.candidates // 3)
+    while len(pool) > section.candidates:
+        groups = [pool[start :: -(-len(pool) // section.candidates)] for start in range(-(-len(pool) // section.candidates))]
+        ranked = _scores(lm, config, domain, history, groups)
+        pool = [item for group in ranked for item, _ in group[:kept]]
+    (last,) = _scores(lm, config, domain, history, [pool])
+    return last[:k]
+
+
+def explain(model_folder: Path, domain: Domain, history: Sequence[int], item: int) -> str:
+    """What the model itself says when asked why `item` follows `history`; greedy, a few lines at most.
+
+    A model that was trained to rank alone may say nothing to the point: it is its text, not a reason.
+    """
+    titles = domain.attributes["title"]
+    liked = "\n".join(f"- {titles[index]}" for index in history)
+    prompt = (
+        f"### Instruction:\nA user liked these items. Say in one sentence why the user may like "
+        f"{titles[item]!r}, too.\n\n### History:\n{liked}\n\n### Answer:\n"
+    )
+    (text,) = generate(_load(model_folder, settings_of(model_folder)), [prompt], EXPLANATION_TOKENS)
+    return text.strip()
+
+
+def _scores(
+    lm: CausalLM, config: RunConfig, domain: Domain, history: Sequence[int], groups: Sequence[Sequence[int]]
+) -> list[list[tuple[int, float]]]:
+    """Each group with its scores, best first."""
+    section = config.instruction or InstructionSection()
+    template, titles = Template.load(section.template), domain.attributes["title"]
+    past = tuple(titles[item] for item in history[-section.history_items :])
+    rankings = [Ranking("", past, tuple(titles[item] for item in group), None) for group in groups]
+    batch_size = config.evaluation.batch_size
+    found = []
+    for start in range(0, len(rankings), batch_size):
+        chosen = fitted(lm, template, rankings[start : start + batch_size], section.max_prompt_tokens)
+        found += candidate_scores(lm, template, chosen, batch_size)
+    ranked = []
+    for group, scores_I in zip(groups, found, strict=True):
+        order = torch.argsort(scores_I, descending=True, stable=True).tolist()
+        ranked.append([(group[place], float(scores_I[place])) for place in order])
+    return ranked
+
+
+def _distinct(domain: Domain, items: Sequence[int]) -> list[int]:
+    """Those with a title, each title once."""
+    titles, found = domain.attributes.get("title") or [""] * len(domain.item_ids), {}
+    for item in items:
+        found.setdefault(title_key(titles[item]), item)
+    found.pop("", None)
+    return list(found.values())
+
+
+def _load(model_folder: Path, config: RunConfig) -> CausalLM:
+    base = base_of(model_folder)
+    if base is None:
+        raise ModelError(
+            f"{model_folder / CONFIG_FILE}: its base model is not on this host",
+            next_step="install the base again where it was, or take part in a run with the new place",
+        )
+    return load_language(base, config, model_folder)

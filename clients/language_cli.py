@@ -1,0 +1,137 @@
+"""`isthmus language`: how well a causal language model ranks an owner's data, on the owner's host.
+
+Nothing leaves: what is printed are averages and counts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from common.console import errors_as_exit, progress_bars
+from common.errors import ConfigError
+
+app = typer.Typer(help="Measure causal language models on your own data.", no_args_is_help=True)
+
+ModelArgument = Annotated[Path, typer.Argument(help="a causal model's folder in Hugging Face layout")]
+AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="a PEFT LoRA adapter's folder")]
+TemplateOption = Annotated[str, typer.Option("--template", help="ranking, next, or a TOML file of your own")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="prompts at a time")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: cuda where it is")]
+FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
+
+
+@app.command("evaluate")
+@errors_as_exit()
+def evaluate_command(
+    model: ModelArgument,
+    domain: Annotated[Path, typer.Option("--domain", help="a domain folder of `isthmus data prepare`")],
+    adapter: AdapterOption = None,
+    template: TemplateOption = "ranking",
+    protocol: Annotated[str, typer.Option(help="warm (leave-one-out), or cold (unseen targets)")] = "warm",
+    scoring: Annotated[str, typer.Option(help="likelihood of each candidate, or generation")] = "likelihood",
+    split: Annotated[str, typer.Option(help="valid or test")] = "test",
+    candidates: Annotated[int, typer.Option(min=2)] = 30,
+    history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
+    title_words: Annotated[int, typer.Option(min=0, help="cut titles to so many words; 0: whole")] = 0,
+    max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of a generated answer")] = 128,
+    max_users: Annotated[int | None, typer.Option(min=1, help="a seeded draw of the users")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the candidates")] = 0,
+    batch_size: BatchOption = 8,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+    format_name: FormatOption = "text",
+) -> None:
+    """Rank each user's next item among candidates: NDCG@1, NDCG@3, Recall."""
+    _one_of("--protocol", protocol, ("warm", "cold"))
+    _one_of("--scoring", scoring, ("likelihood", "generation"))
+    _one_of("--split", split, ("valid", "test"))
+    _one_of("--format", format_name, ("text", "json"))
+    from clients.data.domain import Domain
+    from clients.data.instructions import ranking_set
+    from common.language.evaluation import Scoring, evaluate_rankings
+    from common.language.prompts import Template
+
+    loaded = Template.load(template)
+    made = ranking_set(
+        Domain.load(domain), cast(Literal["valid", "test"], split), seed, candidates,
+        cast(Literal["warm", "cold"], protocol), history_items=history_items, max_users=max_users,
+        title_words=title_words,
+    )  # fmt: skip
+    lm = _load(model, adapter, precision, device)
+    with progress_bars() as report:
+        found = evaluate_rankings(
+            lm, loaded, made.rankings, cast(Scoring, scoring), batch_size=batch_size,
+            max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, report=report,
+        )  # fmt: skip
+    _print(
+        format_name,
+        {
+            "metrics": found.metrics, "users": len(made.rankings), "left_out": made.left_out,
+            "counts": found.counts, "protocol": protocol, "scoring": scoring, "split": split,
+            "candidates": candidates, "seed": seed,
+        },
+    )  # fmt: skip
+
+
+@app.command("questions")
+@errors_as_exit()
+def questions_command(
+    model: ModelArgument,
+    file: Annotated[Path, typer.Argument(help="a TALLRec file: a JSON list of Yes/No questions")],
+    adapter: AdapterOption = None,
+    template: TemplateOption = "ranking",
+    max_questions: Annotated[int | None, typer.Option(min=1, help="the first so many")] = None,
+    batch_size: BatchOption = 8,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+    format_name: FormatOption = "text",
+) -> None:
+    """Answer Yes/No questions by the likelihood of the two words: AUC."""
+    _one_of("--format", format_name, ("text", "json"))
+    from clients.data.instructions import read_tallrec
+    from common.language.evaluation import evaluate_questions
+    from common.language.prompts import Template
+
+    loaded = Template.load(template)
+    records = read_tallrec(file)[:max_questions]
+    lm = _load(model, adapter, precision, device)
+    with progress_bars() as report:
+        found = evaluate_questions(lm, loaded, records, batch_size=batch_size, report=report)
+    _print(format_name, {"metrics": found.metrics, "questions": len(records)})
+
+
+def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> Any:
+    _one_of("--precision", precision, ("auto", "fp32", "bf16"))
+    import torch
+
+    from common.language.adapters import load_adapter
+    from common.language.model import load_causal
+
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    lm = load_causal(folder, precision=cast(Literal["auto", "fp32", "bf16"], precision), device=where)
+    if adapter is not None:
+        lm.attach(*load_adapter(adapter))
+    return lm
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{option} {value!r} is not known", next_step=f"use {' or '.join(known)}")
+
+
+def _print(format_name: str, record: dict[str, Any]) -> None:
+    if format_name == "json":
+        typer.echo(json.dumps(record, indent=2))
+        return
+    for name, value in record.pop("metrics").items():
+        typer.echo(f"{name:14} {value:.4f}")
+    for name, value in record.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "none"
+        typer.echo(f"{name.replace('_', ' '):14} {value}")

@@ -1,0 +1,208 @@
+"""LoRA fine-tuning of a causal language model on a domain's instructions. What leaves is the adapter alone.
+
+The base is frozen, in bfloat16 where the hardware computes in it; A and B are float32. The loss is on the
+answer's tokens only. Checkpoints, resume after a kill, early stopping and the wall-clock budget are those of
+`clients.training.trainer`; the journal is that of `clients.training.fit`, which calls this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from clients.data.domain import Domain
+from clients.data.instructions import rankings_of
+from clients.training.fit import FitResult, Trained, plan_of, record_result, train_tower
+from clients.training.ranking import evaluate_rankings, fitted
+from clients.training.trainer import EncoderTrainer
+from common.config import InstructionSection, LoraSection, RunConfig
+from common.crossing import crossing_tensors
+from common.errors import DataError, ModelError
+from common.language.adapters import Adapter, initial_adapter, load_adapter, save_adapter
+from common.language.model import CausalLM, load_causal
+from common.language.prompts import Template
+from common.language.scoring import whole_log_likelihoods
+from common.parcels import Privacy
+from common.progress import Report
+from common.vectors import read_vector, write_vector
+
+README = """# A domain's fine-tuned adapter
+
+Made by Isthmus from private interactions. It stays with its owner: do not publish it.
+"""
+Instructions = dict[str, Any]  # "prompts" and "answers": a list of token ids for each example
+
+
+def sections(config: RunConfig) -> tuple[LoraSection, InstructionSection]:
+    """`[lora]` and `[instruction]` of a run that trains a language model."""
+    return config.lora or LoraSection(), config.instruction or InstructionSection()
+
+
+def load_language(
+    base: Path, config: RunConfig, adapter: Path | None = None, *, device: str | None = None
+) -> CausalLM:
+    """The base with the run's LoRA layers, and the tensors of the folder `adapter` in them (None: no change).
+
+    `device` None takes CUDA where there is one. Raises ModelError, VectorError.
+    """
+    lora, _ = sections(config)
+    lm = load_causal(
+        base,
+        precision=config.training.precision,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    lm.attach(lora)
+    wear(lm, base, config, adapter)
+    return lm
+
+
+def wear(lm: CausalLM, base: Path, config: RunConfig, adapter: Path | None) -> None:
+    """Put the tensors of the folder `adapter` into the attached layers; None: the base's own output.
+
+    Raises VectorError where they do not fit.
+    """
+    if adapter is not None:
+        lm.set_adapter(load_adapter(adapter)[1])
+    else:
+        lm.set_adapter(initial_adapter(crossing_tensors(base, config), config.run.seed))
+
+
+class InstructionBatches(Dataset[Instructions]):
+    """Batch `step` for every training step: prompts and answers as token ids.
+
+    An epoch is a seeded permutation of the domain's training rankings with candidates drawn for that epoch,
+    cut into whole batches; so batch n is the same whether training was interrupted or not.
+    """
+
+    def __init__(self, lm: CausalLM, domain: Domain, config: RunConfig) -> None:
+        self._lm, self._domain, self._config = lm, domain, config
+        self._section = sections(config)[1]
+        self._template = Template.load(self._section.template)
+        self._epoch, self._rankings = -1, []  # type: ignore[var-annotated]
+        self._load(0)
+        if not self._rankings:
+            raise DataError(
+                f"domain {domain.name!r} gives no training instruction",
+                next_step="use a domain whose users have at least two training interactions",
+            )
+        self.batch_size = min(config.training.batch_size, len(self._rankings))
+
+    def __len__(self) -> int:
+        return self._config.training.max_steps
+
+    def __getitem__(self, step: int) -> Instructions:
+        epoch, position = divmod(step, len(self._rankings) // self.batch_size)
+        self._load(epoch)
+        order_N = np.random.default_rng([self._config.run.seed, epoch]).permutation(len(self._rankings))
+        chosen_B = order_N[position * self.batch_size : (position + 1) * self.batch_size]
+        rankings = [self._rankings[int(n)] for n in chosen_B]
+        prompts, answers = [], []
+        for ranking in fitted(self._lm, self._template, rankings, self._section.max_prompt_tokens):
+            prompt = self._template.ranking_prompt(ranking)
+            prompts.append(self._lm.encode(prompt))
+            answers += self._lm.encode_answers(prompt, [self._template.ranking_answer(ranking)])
+        return {"prompts": prompts, "answers": answers}
+
+    def _load(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._rankings = list(
+                rankings_of(
+                    self._domain,
+                    "train",
+                    self._config.run.seed + 1_000_003 * epoch,
+                    candidates=self._section.candidates,
+                    max_history=self._section.history_items,
+                )
+            )
+            self._epoch = epoch
+
+
+class AnswerTower(nn.Module):
+    """A language model with attached LoRA layers and its loss, in the shape that the trainer takes."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        super().__init__()
+        self.backbone: nn.Module = lm.model
+        self._lm = lm
+        self._trained = lm.lora_parameters()
+        trains = {id(parameter) for parameter in self._trained.values()}
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(id(parameter) in trains)
+
+    def forward(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Tensor]:
+        """`{"loss": scalar}`: the mean over examples of the negative log-likelihood a token of the answer."""
+        return {"loss": -whole_log_likelihoods(self._lm, prompts, answers).mean()}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """A and B by the names under which they cross (not copied)."""
+        return {name: parameter.detach() for name, parameter in self._trained.items()}
+
+    def load_trained(self, tensors: dict[str, Tensor]) -> None:
+        """Put `trained_tensors` of an earlier moment back in place."""
+        self._lm.set_adapter(tensors)
+
+
+def keep_few_activations(lm: CausalLM) -> None:
+    """Gradient checkpointing: each block's activations are computed again in the backward pass."""
+    model = lm.model  # the method's name since transformers 5.23, and the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def fine_tune_adapter(
+    domain: Domain,
+    base: Path,
+    config: RunConfig,
+    folder: Path,
+    report: Report,
+    *,
+    device: str | None = None,
+) -> FitResult:
+    """Train an adapter of `base` in `folder` and journal it; called by `clients.training.fit.fine_tune`.
+
+    Every owner of a run begins with the same A. Raises ModelError where the model's layers are not those that
+    the run names, or the loss is not finite; DataError, VectorError, StorageError.
+    """
+    lora, _ = sections(config)
+    table = crossing_tensors(base, config)
+    lm = load_language(base, config, device=device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in lm.lora_parameters().items()}
+    if shapes != table:
+        name = min(set(shapes.items()) ^ set(table.items()))[0]
+        raise ModelError(
+            f"{base}: the loaded model and its file disagree about {name!r}",
+            next_step="load it with AutoModelForCausalLM and save it again with save_pretrained",
+        )
+    lm.set_adapter(initial_adapter(table, config.run.seed))
+    if lora.gradient_checkpointing:
+        keep_few_activations(lm)
+
+    def validate() -> dict[str, float]:
+        users = config.training.validation_users
+        return evaluate_rankings(
+            lm, domain, config, "valid", report, max_users=users, phase="validate"
+        ).metrics
+
+    training = config.training
+    plan = plan_of(config, max_steps=training.max_steps, eval_every_steps=training.eval_every_steps)
+    trainer = EncoderTrainer(
+        AnswerTower(lm), InstructionBatches(lm, domain, config), validate, plan, folder, report
+    )
+    trained = train_tower(trainer)
+    report(phase="write", step=trained.steps, total=training.max_steps)
+    return _write(folder, base, config, trained)
+
+
+def _write(folder: Path, base: Path, config: RunConfig, trained: Trained) -> FitResult:
+    """The vector, and the adapter's folder from the vector as it was written, codec included."""
+    lora, _ = sections(config)
+    vector_path, model_folder = folder / "vector.safetensors", folder / "model"
+    write_vector(vector_path, trained.tensors, config.training.vector_codec)
+    sent: Adapter = read_vector(vector_path, crossing_tensors(base, config), config.training.vector_codec)
+    save_adapter(base, lora, sent, model_folder, README, base_name=str(base))
+    return record_result(folder, vector_path, model_folder, trained, Privacy())

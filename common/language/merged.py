@@ -1,0 +1,52 @@
+"""An adapter merged into its base: `W + alpha / rank * B A`, as a model folder that needs no PEFT."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import LoraSection
+from common.files import replace_folder, storage_errors
+from common.language.adapters import PREFIX, adapted_layers, adapter_tensors, check_adapter
+from common.models.base import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+
+_NOT_COPIED = {".md", ".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".onnx"}
+
+
+def merge_into_base(
+    base: Path, lora: LoraSection, adapter: Mapping[str, torch.Tensor], folder: Path, readme: str
+) -> None:
+    """Write the base with the adapter merged into it to `folder`, whole or not at all.
+
+    Sums are in float32, tensors keep the base's dtype; configuration and tokenizer are the base's files.
+    Needs memory for one copy of the model. Raises VectorError where the adapter does not fit, StorageError.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from common.vectors import save_tensors
+
+    check_adapter(adapter, adapter_tensors(base, lora))
+    tensors = load_file(base / WEIGHTS)
+    for path in adapted_layers(base, lora):
+        B_RK, A_KC = (adapter[f"{PREFIX}{path}.lora_{letter}.weight"].float() for letter in "BA")
+        weight = tensors[f"{path}.weight"]
+        tensors[f"{path}.weight"] = (weight.to(torch.float32) + lora.scaling * B_RK @ A_KC).to(weight.dtype)
+    stage = folder.with_name(f".{folder.name}.stage")
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        with storage_errors(folder):
+            stage.mkdir(parents=True)
+            save_tensors(stage / WEIGHTS, tensors, metadata={"format": "pt"})
+            for path in base.iterdir():
+                if path.is_file() and path.suffix not in _NOT_COPIED:
+                    shutil.copyfile(path, stage / path.name)
+            (stage / "README.md").write_text(readme, encoding="utf-8")
+            replace_folder(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

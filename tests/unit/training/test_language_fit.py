@@ -1,0 +1,188 @@
+"""LoRA fine-tuning of tiny causal models: what it writes, what stays frozen, and kills that change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clients.training.fit import fine_tune
+from clients.training.language import (
+    AnswerTower,
+    InstructionBatches,
+    keep_few_activations,
+    load_language,
+    wear,
+)
+from clients.training.ranking import evaluate_rankings
+from clients.training.trainer import EncoderTrainer
+from common.config import RunConfig
+from common.crossing import crossing_tensors
+from common.errors import ConfigError, DataError
+from common.language.adapters import initial_adapter, load_adapter
+from common.language.prompts import Template
+from common.vectors import read_vector
+from tests.unit.language.conftest import build_causal
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def causal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_causal(tmp_path_factory.mktemp("causal") / request.param, request.param)
+
+
+def language_config(**training: Any) -> RunConfig:
+    """Six steps on prompts of four candidates."""
+    return RunConfig.model_validate(
+        {
+            "training": {
+                "batch_size": 4, "max_steps": 6, "warmup_steps": 1, "learning_rate": 1e-2,
+                "eval_every_steps": 3, "checkpoint_every_steps": 2, "precision": "fp32",
+                "vector_codec": "fp32", "validation_users": 8, **training,
+            },
+            "lora": {"rank": 2, "alpha": 4, "modules": ["q_proj", "v_proj", "down_proj"]},
+            "instruction": {"candidates": 4, "max_prompt_tokens": 512},
+            "evaluation": {"max_users": 12},
+        }
+    )  # fmt: skip
+
+
+def test_the_vector_is_the_adapter_and_the_folder_loads_in_peft(
+    causal: Path, pico_domain: Any, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = language_config()
+    result = fine_tune(pico_domain, causal, config, tmp_path)
+    table = crossing_tensors(causal, config)
+    sent = read_vector(result.vector_path, table, "fp32")
+    lora, adapter = load_adapter(result.model_folder)
+    assert (lora.rank, lora.alpha, lora.modules) == (2, 4.0, ("q_proj", "v_proj", "down_proj"))
+    first = initial_adapter(table, config.run.seed)
+    for name, tensor in sent.items():
+        assert torch.equal(tensor, adapter[name])
+        assert not torch.equal(tensor, first[name]), name
+    assert (result.steps, result.resumed) == (6, False) and result.best_step in (3, 6)
+    assert fine_tune(pico_domain, causal, config, tmp_path) == result
+
+    ours = load_language(causal, config, result.model_folder, device="cpu")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(causal), result.model_folder)
+    ids = torch.tensor([ours.encode("red cup\n- green tea")])
+    with torch.no_grad():
+        expected, base = theirs.eval()(ids).logits, theirs.get_base_model()
+        assert torch.allclose(ours.model(ids).logits, expected, atol=1e-5)
+        with theirs.disable_adapter():
+            assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
+
+
+def test_training_learns_the_answers(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
+    config = language_config(max_steps=12, eval_every_steps=12, learning_rate=2e-2)
+    result = fine_tune(pico_domain, causal, config, tmp_path)
+    lm = load_language(causal, config, device="cpu")
+    batch = InstructionBatches(lm, pico_domain, config)[0]
+    tower = AnswerTower(lm).eval()
+    with torch.no_grad():
+        before = tower(**batch)["loss"]
+        wear(lm, causal, config, result.model_folder)
+        assert tower(**batch)["loss"] < before - 0.3
+
+
+def test_a_kill_changes_no_bit(
+    causal: Path, pico_domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = language_config(), EncoderTrainer.training_step
+    smooth = fine_tune(pico_domain, causal, config, tmp_path / "smooth")
+
+    def dying(self: EncoderTrainer, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EncoderTrainer, "training_step", dying)
+        fine_tune(pico_domain, causal, config, tmp_path / "killed")
+    resumed = fine_tune(pico_domain, causal, config, tmp_path / "killed")
+    assert resumed.resumed
+    assert resumed.vector_sha256 == smooth.vector_sha256
+
+
+def test_only_answers_count_and_only_adapters_train(causal: Path, pico_domain: Any) -> None:
+    config = language_config()
+    lm = load_language(causal, config, device="cpu")
+    tower = AnswerTower(lm)
+    trains = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    assert trains and all(".lora_A." in name or ".lora_B." in name for name in trains)
+    batch = InstructionBatches(lm, pico_domain, config)[0]
+    assert len(batch["prompts"]) == 4
+    one = {key: value[:1] for key, value in batch.items()}
+    prompt, answer = one["prompts"][0], one["answers"][0]
+    with torch.no_grad():
+        logits_TV = lm.model(torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
+    rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+    expected = -logits_TV[rows, torch.tensor(answer)].mean()
+    assert torch.allclose(tower(**one)["loss"].detach(), expected, atol=1e-5)
+    assert "### Answer" not in lm.decode(answer)
+
+
+def test_checkpointing_gives_the_same_gradient(causal: Path, pico_domain: Any) -> None:
+    config = language_config()
+    gradients = []
+    for checkpointing in (False, True):
+        lm = load_language(causal, config, device="cpu")
+        if checkpointing:
+            keep_few_activations(lm)
+        tower = AnswerTower(lm)
+        for module in tower.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        tower.train()
+        tower(**InstructionBatches(lm, pico_domain, config)[0])["loss"].backward()
+        gradients.append({name: p.grad for name, p in tower.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_every_owner_begins_with_the_same_A(causal: Path) -> None:
+    table = crossing_tensors(causal, language_config())
+    first, again, other = (initial_adapter(table, seed) for seed in (0, 0, 1))
+    for name in table:
+        assert torch.equal(first[name], again[name])
+        assert torch.equal(first[name], other[name]) == (".lora_B." in name)
+
+
+def test_evaluation_counts_ties_and_answers(causal: Path, pico_domain: Any) -> None:
+    config = language_config()
+    instruction = config.instruction
+    assert instruction is not None
+    config = config.model_copy(update={"instruction": instruction.model_copy(update={"generated_users": 2})})
+    found = evaluate_rankings(load_language(causal, config, device="cpu"), pico_domain, config)
+    assert set(found.metrics) == {"ndcg@1", "ndcg@3", "recall@3", "valid-answers"}
+    assert found.users == 12 and found.rank_U.min() >= 1 and found.rank_U.max() <= 4
+    again = evaluate_rankings(load_language(causal, config, device="cpu"), pico_domain, config)
+    assert (found.rank_U == again.rank_U).all()
+
+
+def test_a_prompt_that_no_cut_makes_fit_is_named(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
+    config = language_config()
+    assert config.instruction is not None
+    short = config.instruction.model_copy(update={"max_prompt_tokens": 16})
+    with pytest.raises(DataError, match="prompt"):
+        fine_tune(pico_domain, causal, config.model_copy(update={"instruction": short}), tmp_path)
+
+
+def test_a_causal_base_needs_its_sections(causal: Path, pico_model: Path) -> None:
+    with pytest.raises(ConfigError, match="ranks? by instructions|rank by instructions"):
+        crossing_tensors(causal, RunConfig())
+    with pytest.raises(ConfigError, match="not a causal language model"):
+        crossing_tensors(pico_model, language_config())
+
+
+def test_the_best_tensors_are_those_of_the_best_step(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
+    result = fine_tune(pico_domain, causal, language_config(max_steps=3, eval_every_steps=3), tmp_path)
+    assert result.best_step == 3
+    assert set(load_file(result.vector_path)) == set(crossing_tensors(causal, language_config()))
+    assert Template.load("ranking").answer_titles == 3
