@@ -312,7 +312,7 @@ def _result(record: dict[str, Any], vector: TaskVector, folder: Path, *, resumed
         vector=vector,
         coefficients=record["coefficients"],
         seconds=record["seconds"],
-        trajectory_path=trajectory if record["method"] in LOSSES and trajectory.is_file() else None,
+        trajectory_path=trajectory if record["coefficients"] and trajectory.is_file() else None,
         inputs=record["inputs"],
         resumed=resumed,
         facts=record.get("facts", {}),

@@ -24,20 +24,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from common.coefficients import as_table
-from common.config import Frozen, LoraSection
+from common.config import LoraSection
 from common.digests import json_digest, vector_digest
 from common.errors import DataError, ModelError
+from common.files import write_atomic
 from common.language.adapters import Adapter
-from common.language.mixing import Mixture, Rule, cut, section_of_rank
+from common.language.mixing import Mixture, cut, section_of_rank
 from common.language.model import CausalLM
+from common.language.options import RATES, CocktailOptions
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import first_token_entropies
@@ -46,31 +47,8 @@ from common.progress import NO_REPORT, Report
 
 STATE_VERSION = 1
 SAVE_EVERY_STEPS = 5
-RATES = (0.03, 0.1, 0.3)
-RecordT = TypeVar("RecordT", Ranking, YesNo)
+Record = Ranking | YesNo
 Loss = Callable[[Sequence[int]], Tensor]  # numbers of prompts -> loss of each [N], with gradient
-
-
-class CocktailOptions(Frozen):
-    """How the weights of a cocktail are learned."""
-
-    rule: Rule = Field("factors", description="`factors` mixes A and B (the paper), `product` what they do")
-    rank: int = Field(0, ge=0, description="cut the mix to this rank; 0 keeps what the rule gives")
-    granularity: Literal["domain", "layer"] = Field("domain", description="a weight an adapter, or a layer")
-    constraint: Literal["simplex", "free"] = Field(
-        "simplex", description="`free`: any numbers, from 1/N each, instead of a softmax"
-    )
-    prompts: int = Field(50, ge=2, description="unlabelled prompts, the held-back ones included")
-    tokens: int = Field(3, ge=1, le=64, description="first tokens of the answer whose entropy counts")
-    holdout: float = Field(0.2, gt=0, le=0.5, description="share of the prompts that is not learned from")
-    steps: int = Field(40, ge=0)
-    batch_size: int = Field(8, ge=1, description="prompts a step")
-    learning_rate: float = Field(
-        0.0, ge=0, description="0: of 0.03, 0.1 and 0.3 that of the lowest held-back entropy"
-    )
-    evaluate_every_steps: int = Field(5, ge=1)
-    patience: int = Field(3, ge=1, description="evaluations without a lower held-back entropy")
-    seed: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +65,7 @@ class Cocktail:
     trajectory_path: Path
 
 
-def unlabelled(records: Sequence[RecordT]) -> list[RecordT]:
+def unlabelled(records: Sequence[Record]) -> list[Record]:
     """The same records without their labels."""
     return [
         replace(record, target=None) if isinstance(record, Ranking) else replace(record, answer=None)
@@ -95,9 +73,7 @@ def unlabelled(records: Sequence[RecordT]) -> list[RecordT]:
     ]
 
 
-def prompts_of(
-    lm: CausalLM, template: Template, records: Sequence[Ranking] | Sequence[YesNo], most_tokens: int
-) -> list[str]:
+def prompts_of(lm: CausalLM, template: Template, records: Sequence[Record], most_tokens: int) -> list[str]:
     """The records as prompts of at most `most_tokens`; older history is left out where it is too much.
 
     Raises DataError for a record with a label, for none at all, and for candidates that do not fit.
@@ -125,29 +101,31 @@ def mix_by_entropy(
     lora: LoraSection,
     adapters: Mapping[str, Adapter],
     template: Template,
-    records: Sequence[Ranking] | Sequence[YesNo],
+    records: Sequence[Record],
     options: CocktailOptions,
     work: Path,
     *,
+    rank: int | None = None,
     most_tokens: int = 1024,
     report: Report = NO_REPORT,
 ) -> Cocktail:
     """Mix `adapters` (label -> adapter, all trained with `lora` on the base of digest `base`) for `records`.
 
-    At most `options.prompts` of the records count, drawn by the seed. The model is left without adapter.
-    Raises DataError (a label, no prompts), VectorError (adapters that do not go together), ConfigError,
-    ModelError where an entropy is not finite.
+    At most `options.prompts` of the records count, drawn by the seed, each cut to `most_tokens`. With `rank`
+    the result is cut to it (`product` adds the ranks up while the weights are learned). The model is left
+    without adapter. Raises DataError (a label, no prompts), VectorError (adapters that do not go together),
+    ConfigError, ModelError where an entropy is not finite.
     """
     generator = np.random.default_rng([options.seed, 0])
     chosen = sorted(generator.permutation(len(records))[: options.prompts].tolist())
     most = min(most_tokens, lm.max_tokens - options.tokens)
-    prompts = prompts_of(lm, template, [records[n] for n in chosen], most)  # type: ignore[misc]
+    prompts = prompts_of(lm, template, [records[n] for n in chosen], most)
 
     def loss(numbers: Sequence[int]) -> Tensor:
         return first_token_entropies(lm, [prompts[n] for n in numbers], options.tokens, options.batch_size)
 
     key = json_digest({"objective": "entropy", "prompts": prompts, "base": base})
-    return mix_by(lm, lora, adapters, loss, len(prompts), options, work, key=key, report=report)
+    return mix_by(lm, lora, adapters, loss, len(prompts), options, work, key=key, rank=rank, report=report)
 
 
 def mix_by(
@@ -160,6 +138,7 @@ def mix_by(
     work: Path,
     *,
     key: str,
+    rank: int | None = None,
     report: Report = NO_REPORT,
 ) -> Cocktail:
     """Mix `adapters` by the weights of the lowest `loss` over prompts 0 .. `prompts` - 1.
@@ -175,7 +154,7 @@ def mix_by(
     mixture = Mixture(adapters, options.rule, options.granularity, lm.device)
     section = section_of_rank(lora, mixture.rank)
     digests = {label: vector_digest(adapter) for label, adapter in adapters.items()}
-    settings = options.model_dump(exclude={"learning_rate", "rank"})
+    settings = options.model_dump(exclude={"learning_rate"})
     key = json_digest({"version": STATE_VERSION, "key": key, "adapters": digests, "options": settings,
                        "lora": lora.model_dump(mode="json")})  # fmt: skip
     lm.attach(section)
@@ -188,17 +167,16 @@ def mix_by(
         alone = run.alone()
     finally:
         lm.detach()
-    adapter, rank = mixture.at(weights_GD), options.rank or mixture.rank
-    cut_off: dict[str, float] = {}
-    if rank != mixture.rank:
-        adapter, cut_off = cut(adapter, rank)
+    adapter = {name: tensor.cpu() for name, tensor in mixture.at(weights_GD).items()}
+    facts = {"rule": options.rule, **_facts(states, rate, alone, run)}
+    if rank is not None and rank != mixture.rank:
+        adapter, residuals = cut(adapter, rank)
         section = section_of_rank(lora, rank)
-    adapter = {name: tensor.cpu() for name, tensor in adapter.items()}
-    facts = _facts(states, rate, alone, run) | {"rule": options.rule, "rank": rank}
-    if cut_off:
-        facts["largest_residual"] = max(cut_off.values())
+        facts["largest_residual"] = max(residuals.values())
     table = as_table(weights_GD, mixture.groups, mixture.labels)
-    return Cocktail(adapter, section, table, facts, run.trajectory(rate).path)
+    trajectory_path = work / "trajectory.jsonl"
+    write_atomic(trajectory_path, run.trajectory(rate).path.read_bytes())
+    return Cocktail(adapter, section, table, facts, trajectory_path)
 
 
 class _Run:

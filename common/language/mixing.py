@@ -5,8 +5,8 @@ weights `w_d`:
 
 - `factors` (RecCocktail eq. 7): `A = sum_d w_d A_d` and `B = sum_d w_d B_d`, at the rank that all share. Its
   update `B A` also holds each `B_d A_e` of two different adapters, and weighs `B_d A_d` by `w_d^2`.
-- `product`: `B A = sum_d w_d B_d A_d` exactly, by concatenation: `A` is the `w_d A_d` below each other, `B` the
-  `B_d` side by side. The ranks add up; `cut` takes the result back to a rank.
+- `product`: `B A = sum_d w_d B_d A_d` exactly, by concatenation: `A` is the `w_d A_d` below each other, `B`
+  the `B_d` side by side. The ranks add up; `cut` takes the result back to a rank.
 
 The scaling stays right when the rank changes: `section_of_rank` keeps `alpha / rank`.
 
@@ -22,7 +22,7 @@ adapters, as in `server.learning.merged`. Memory: the adapters, once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from common.coefficients import Granularity, group_tensors
 from common.config import LoraSection
 from common.errors import ConfigError, VectorError, suggest
 from common.language.adapters import Adapter, check_adapter
+from common.language.options import Rule
 from common.low_rank import LowRank, truncate
-
-Rule = Literal["factors", "product"]
 
 A_SUFFIX, B_SUFFIX = SUFFIXES = ".lora_A.weight", ".lora_B.weight"
 
@@ -91,7 +90,9 @@ class Mixture:
             grad = grads[name]
             if grad is None or (self.rule == "product" and name.endswith(B_SUFFIX)):
                 continue
-            own = list(grad.split([len(part) for part in parts]) if self.rule == "product" else [grad] * len(parts))
+            own = [grad] * len(parts)
+            if self.rule == "product":
+                own = list(torch.split(grad, [len(part) for part in parts]))
             for index, (part, of_part) in enumerate(zip(parts, own, strict=True)):
                 product = (part * of_part.to(part.device, torch.float32)).sum(dtype=torch.float64)
                 result_GD[self._group[name], index] += product.cpu()
@@ -159,7 +160,7 @@ def layers(adapter: Mapping[str, Tensor]) -> list[str]:
 
 
 def check_alike(adapters: Mapping[str, Adapter], *, same_rank: bool) -> None:
-    """Refuse adapters of other modules, shapes or (with `same_rank`) ranks than the first, NaN, or none at all.
+    """Refuse NaN, and adapters of other modules, shapes or (with `same_rank`) ranks than the first.
 
     Raises ConfigError for no adapters, VectorError naming adapter and tensor.
     """
@@ -172,7 +173,7 @@ def check_alike(adapters: Mapping[str, Adapter], *, same_rank: bool) -> None:
             next_step="obtain the adapter again",
         )
     for label, adapter in adapters.items():
-        table = {}
+        table: dict[str, tuple[int, ...]] = {}
         for path in layers(first):
             A_KC, B_RK = (first[path + letter] for letter in SUFFIXES)
             rank = len(A_KC if same_rank else adapter.get(path + A_SUFFIX, A_KC))

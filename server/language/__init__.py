@@ -6,6 +6,6 @@ named here once.
 
 from __future__ import annotations
 
-from server.language import rules
+from server.language import cocktail, rules
 
-__all__ = ["rules"]
+__all__ = ["cocktail", "rules"]

@@ -1,4 +1,4 @@
-"""The weights of a cocktail: their gradient through a whole model, what is learned, and that no label is read."""
+"""The weights of a cocktail: their gradient through a whole model, what is learned, and no label read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from common.config import LoraSection
 from common.errors import DataError, IsthmusError, ModelError, VectorError
 from common.language import cocktail
 from common.language.adapters import Adapter, adapter_tensors, initial_adapter
-from common.language.cocktail import CocktailOptions, mix_by_entropy, prompts_of, unlabelled
+from common.language.cocktail import mix_by_entropy, prompts_of, unlabelled
 from common.language.mixing import Mixture, mix
+from common.language.options import CocktailOptions
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import answer_losses, first_token_entropies
@@ -115,14 +116,15 @@ def test_entropy_falls_and_the_weights_stay_in_the_simplex(
     changed = {"rule": rule, "learning_rate": 0.0, "steps": 12, "prompts": 12, "holdout": 0.5}
     options = QUICK.model_copy(update=changed)
     made = mix_by_entropy(lm, "base", LORA, adapters, template, records(12), options, tmp_path)
-    print(made.facts)
     losses = made.facts["held_back_loss"]
     assert losses["learned"] < losses["equal"] - 0.1
     assert losses["alone"]["s"] < losses["alone"]["g"] and made.weights["all"]["s"] > 0.6
     assert set(losses["alone"]) == {"g", "s"} and set(made.facts["tried"]) == {"0.03", "0.1", "0.3"}
     assert made.facts["tried"][f"{made.facts['learning_rate']:g}"] == min(made.facts["tried"].values())
     lines = read_trajectory(made.trajectory_path)
-    assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) == made.facts["steps"] + 1
+    assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) == made.facts[
+        "steps"
+    ] + 1
     assert lines[0]["coefficients"] == {"all": {"g": 0.5, "s": 0.5}}
     for line in lines:
         weights = list(line["coefficients"]["all"].values())
@@ -138,8 +140,8 @@ def test_entropy_falls_and_the_weights_stay_in_the_simplex(
 def test_the_product_can_be_cut_to_the_rank(
     lm: Any, adapters: dict[str, Adapter], template: Template, tmp_path: Path
 ) -> None:
-    options = QUICK.model_copy(update={"rule": "product", "rank": 2, "steps": 2})
-    made = mix_by_entropy(lm, "base", LORA, adapters, template, records(), options, tmp_path)
+    options = QUICK.model_copy(update={"rule": "product", "steps": 2})
+    made = mix_by_entropy(lm, "base", LORA, adapters, template, records(), options, tmp_path, rank=2)
     assert made.lora == LORA and 0 < made.facts["largest_residual"] < 1
     assert {name: tuple(t.shape) for name, t in made.adapter.items()} == {
         name: tuple(t.shape) for name, t in adapters["g"].items()
@@ -151,8 +153,8 @@ def test_identical_adapters_give_the_adapter(
     lm: Any, adapters: dict[str, Adapter], template: Template, tmp_path: Path, rule: Any
 ) -> None:
     same = {"g": adapters["s"], "s": dict(adapters["s"])}
-    options = QUICK.model_copy(update={"rule": rule, "rank": 2})
-    made = mix_by_entropy(lm, "base", LORA, same, template, records(), options, tmp_path)
+    options = QUICK.model_copy(update={"rule": rule})
+    made = mix_by_entropy(lm, "base", LORA, same, template, records(), options, tmp_path, rank=2)
     for path in {name.split(".lora_")[0] for name in made.adapter}:
         got, expected = (
             a[f"{path}.lora_B.weight"] @ a[f"{path}.lora_A.weight"] for a in (made.adapter, adapters["s"])
@@ -230,9 +232,7 @@ def test_yes_no_questions_can_be_mixed_for(
     assert made.facts["prompts"] == {"learned_from": 5, "held_back": 1}
 
 
-@pytest.mark.parametrize(
-    ("count", "said"), [(0, "no prompts"), (1, "1 prompt to learn the weights from")]
-)
+@pytest.mark.parametrize(("count", "said"), [(0, "no prompts"), (1, "1 prompt to learn the weights from")])
 def test_too_few_prompts_are_refused(
     lm: Any, adapters: dict[str, Adapter], template: Template, tmp_path: Path, count: int, said: str
 ) -> None:
@@ -250,5 +250,5 @@ def test_adapters_that_do_not_fit_are_refused(
         with pytest.raises(IsthmusError, match=said):
             mix_by_entropy(lm, "base", LORA, adapters | {"s": bad}, template, records(), QUICK, tmp_path)
     fewer = {name: tensor for name, tensor in adapters["g"].items() if "q_proj" in name}
-    with pytest.raises(VectorError, match="adapter tensor .*down_proj.* is missing"):
+    with pytest.raises(VectorError, match=r"adapter tensor .*down_proj.* is missing"):
         mix_by_entropy(lm, "base", LORA, {"g": fewer, "s": fewer}, template, records(), QUICK, tmp_path)

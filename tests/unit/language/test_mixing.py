@@ -43,7 +43,8 @@ def random_adapter(seed: int, rank: int = 2) -> Adapter:
 def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
     """`B A` of each layer in float64."""
     return {
-        path: adapter[path + B_SUFFIX].double() @ adapter[path + A_SUFFIX].double() for path in layers(adapter)
+        path: adapter[path + B_SUFFIX].double() @ adapter[path + A_SUFFIX].double()
+        for path in layers(adapter)
     }
 
 
@@ -149,8 +150,7 @@ def test_the_gradient_of_the_weights_is_autograds(rule: Any, granularity: Any) -
 
 
 def test_peft_agrees_where_its_conventions_do(tmp_path: Path) -> None:
-    """PEFT puts `sqrt(w s)` on A and on B: its `linear` at `w^2` is ours at `w`, for a scaling of 1; its `cat`
-    is our product at the same weights, its `svd` our cut one. Everywhere else the two differ."""
+    """PEFT puts `sqrt(w s)` on A and on B, so its `linear` at `w^2` is ours at `w`; the rest agree."""
     peft = pytest.importorskip("peft")
 
     class Net(torch.nn.Module):

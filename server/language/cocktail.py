@@ -1,0 +1,243 @@
+"""`cocktail` and learned coefficients as merge methods of a run: weights from prompts of pseudo-users.
+
+`cocktail` mixes all domains' adapters by entropy-guided weights (`common.language.cocktail`) into one
+universal adapter; with `domain` it mixes two, as the paper does: the base spirit, made without that domain
+(`server.language.spirit`), and the domain's own adapter. No prompt holds a user's item or a label.
+
+The losses of `server.learning.losses` are methods too, under their own names (`adamerging`, `mergerec`,
+`ranking-distillation`): what they call items are here the candidates of a prompt, a score is the mean
+log-likelihood a token of a candidate's title, and a domain's teacher is its own adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.config import InstructionSection
+from common.digests import json_digest
+from common.errors import ConfigError, suggest
+from common.language.options import CocktailOptions
+from common.language.records import Ranking
+from common.models.base import model_digest
+from server.language.pseudo_prompts import Histories, pseudo_rankings
+from server.language.registry import AdapterInputs, AdapterResult, Options, adapter_method
+from server.language.spirit import spirit
+from server.learning.losses import LOSSES, Loss, Scores
+
+if TYPE_CHECKING:
+    from common.language.cocktail import Cocktail
+    from common.language.model import CausalLM
+    from common.language.prompts import Template
+
+SPIRIT, INGREDIENT = "base spirit", "ingredient"
+ROLL_OUT_TEMPERATURE = 0.5
+
+
+class PseudoOptions(CocktailOptions, Options):
+    """Options of everything that learns weights on pseudo-users' prompts."""
+
+    histories: Histories = Field("random", description="what pseudo-users' histories are made of")
+    history_items: int = Field(5, ge=1, description="a history has one to so many items")
+
+
+class MethodOptions(PseudoOptions):
+    """Options of `cocktail`. `spirit`: a merge method, or the folder of a public adapter on the server."""
+
+    domain: str = Field("", description="mix for this domain; empty: one adapter for all")
+    spirit: str = Field("product", description="what the base spirit of a `domain` is merged by")
+
+
+class LearnedOptions(PseudoOptions):
+    """Options of learned coefficients on adapters."""
+
+    constraint: Literal["simplex", "free"] = "free"
+
+
+@adapter_method(
+    "cocktail",
+    options=MethodOptions,
+    paper="RecCocktail (entropy-guided weights), on prompts of pseudo-users",
+    equation="A = sum_i w_i A_i, B = sum_i w_i B_i, w = softmax(logits)",
+)
+def cocktail(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterResult:
+    """Entropy-guided weights of all adapters, or of base spirit and ingredient of one `domain`."""
+    from common.language.cocktail import mix_by_entropy
+
+    chosen = MethodOptions(**options)
+    facts: dict[str, Any] = {}
+    adapters, domains = dict(inputs.adapters), list(inputs.adapters)
+    if chosen.domain:
+        if chosen.domain not in adapters:
+            raise ConfigError(
+                f"cocktail: no adapter of domain {chosen.domain!r}",
+                next_step=suggest(chosen.domain, adapters),
+            )
+        made = spirit(inputs, chosen.spirit, without=chosen.domain)
+        adapters = {SPIRIT: made.adapter, INGREDIENT: adapters[chosen.domain]}
+        domains = [chosen.domain]
+        facts["spirit"] = made.facts
+    lm, template, instruction = _prepare(inputs)
+    rankings = _pseudo(inputs, chosen, lm, template, domains)
+    mixed = mix_by_entropy(
+        lm,
+        model_digest(inputs.base),
+        inputs.lora,
+        adapters,
+        template,
+        [ranking for own in rankings.values() for ranking in own],
+        _learning(chosen),
+        inputs.work,
+        rank=inputs.lora.rank,
+        most_tokens=instruction.max_prompt_tokens,
+        report=inputs.report,
+    )
+    return _result(mixed, facts)
+
+
+def _learned(loss: Loss) -> Callable[[AdapterInputs, Mapping[str, Any]], AdapterResult]:
+    def merge(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterResult:
+        return learn(inputs, LearnedOptions(**options), loss)
+
+    return merge
+
+
+for _loss in LOSSES.values():
+    adapter_method(
+        _loss.name,
+        options=LearnedOptions,
+        paper=_loss.paper,
+        equation="A = sum_i w_i A_i, B = sum_i w_i B_i, w learned",
+    )(_learned(_loss))
+
+
+def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> AdapterResult:
+    """The merging engine's learned coefficients, extended to adapters: `loss` over candidates' scores."""
+    from common.language.cocktail import mix_by
+    from common.language.scoring import answer_scores
+
+    lm, template, instruction = _prepare(inputs)
+    most = min(instruction.max_prompt_tokens, lm.max_tokens // 2)
+    rankings, domains = [], []
+    for domain, own in _pseudo(inputs, options, lm, template, list(inputs.adapters)).items():
+        rankings += [template.fit(ranking, lm.encode, most) for ranking in own]
+        domains += [domain] * len(own)
+
+    def scores(numbers: Sequence[int]) -> Tensor:
+        """[N, candidates] of the model as it is, with gradient where it is enabled."""
+        rows = []
+        for start in range(0, len(numbers), options.batch_size):
+            chosen = [rankings[n] for n in numbers[start : start + options.batch_size]]
+            prompts = [template.ranking_prompt(ranking) for ranking in chosen]
+            answers = [
+                lm.encode_answers(prompt, template.candidate_answers(ranking))
+                for prompt, ranking in zip(prompts, chosen, strict=True)
+            ]
+            rows += answer_scores(lm, [lm.encode(prompt) for prompt in prompts], answers)
+        return torch.stack(rows)
+
+    t_NI = torch.empty(len(rankings), 0)
+    if loss.teacher:
+        t_NI = torch.empty(len(rankings), instruction.candidates)
+        for domain in dict.fromkeys(domains):
+            inputs.report(phase="teachers", step=domains.index(domain), total=len(domains))
+            numbers = [n for n, name in enumerate(domains) if name == domain]
+            lm.attach(inputs.lora, inputs.adapters[domain])
+            with torch.no_grad():
+                t_NI[numbers] = scores(numbers)
+            lm.detach()
+    learning = inputs.config.learning
+
+    def of(numbers: Sequence[int]) -> Tensor:
+        generator = np.random.default_rng([options.seed, *numbers])
+        s_BI = scores(numbers)
+        return loss.compute(Scores(s_BI, t_NI[list(numbers)], None, generator), learning)
+
+    key = json_digest(
+        {
+            "objective": loss.name,
+            "prompts": [template.ranking_prompt(ranking) for ranking in rankings],
+            "learning": learning.model_dump(mode="json"),
+            "base": model_digest(inputs.base),
+        }
+    )
+    mixed = mix_by(
+        lm,
+        inputs.lora,
+        inputs.adapters,
+        of,
+        len(rankings),
+        _learning(options),
+        inputs.work,
+        key=key,
+        rank=inputs.lora.rank,
+        report=inputs.report,
+    )
+    return _result(mixed, {})
+
+
+def _prepare(inputs: AdapterInputs) -> tuple[CausalLM, Template, InstructionSection]:
+    from common.language.model import load_causal
+    from common.language.prompts import Template
+
+    instruction = inputs.config.instruction or InstructionSection()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = load_causal(inputs.base, precision=inputs.config.learning.precision, device=device)
+    return lm, Template.load(instruction.template), instruction
+
+
+def _pseudo(
+    inputs: AdapterInputs,
+    options: PseudoOptions,
+    lm: CausalLM,
+    template: Template,
+    domains: Sequence[str],
+) -> dict[str, list[Ranking]]:
+    """Pseudo-users' rankings; those that are rolled out are so by the adapter of their own domain."""
+    from common.language.scoring import candidate_scores
+
+    missing = sorted(set(domains) - inputs.catalogs.keys())
+    if missing:
+        raise ConfigError(
+            f"no catalog of domain {missing[0]!r} to make prompts of", next_step="ask its owner for it"
+        )
+    instruction = inputs.config.instruction or InstructionSection()
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def choose(domain: str, rankings: Sequence[Ranking]) -> list[int]:
+        lm.attach(inputs.lora, inputs.adapters[domain])
+        try:
+            fitted = [
+                template.fit(ranking, lm.encode, min(instruction.max_prompt_tokens, lm.max_tokens // 2))
+                for ranking in rankings
+            ]
+            scores = candidate_scores(lm, template, fitted, options.batch_size)
+        finally:
+            lm.detach()
+        return [
+            int(torch.multinomial((own.double() / ROLL_OUT_TEMPERATURE).softmax(0), 1, generator=generator))
+            for own in scores
+        ]
+
+    return pseudo_rankings(
+        {domain: inputs.catalogs[domain] for domain in domains},
+        options.prompts,
+        candidates=instruction.candidates,
+        histories=options.histories,
+        history_items=options.history_items,
+        seed=options.seed,
+        choose=choose,
+    )
+
+
+def _learning(options: PseudoOptions) -> CocktailOptions:
+    return CocktailOptions(**options.model_dump(include=set(CocktailOptions.model_fields)))
+
+
+def _result(mixed: Cocktail, facts: dict[str, Any]) -> AdapterResult:
+    return AdapterResult(mixed.adapter, {**mixed.facts, **facts}, mixed.weights)
