@@ -180,7 +180,9 @@ class Pretrainer:
     def _begin(self) -> None:
         """Embeddings from what shares a theme, attention near identity."""
         embeddings = self.model.get_input_embeddings().weight
-        groups = ([self._encode(" " + title) for title in titles] for titles in self._users.groups())
+        titles = list(dict.fromkeys(self._users.titles()))
+        ids = dict(zip(titles, self.tokenizer([f" {title}" for title in titles])["input_ids"], strict=True))
+        groups = ([ids[title] for title in group] for group in self._users.groups())
         embeddings.copy_(co_occurrence(groups, *embeddings.shape))
         near_identity(self.model)
 
