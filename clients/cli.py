@@ -247,14 +247,14 @@ def recommend(
     names = list(dict.fromkeys([model, "own"] if compare else [model]))
     models = {name: _model(opened, name) for name in names}
     domain = Domain.load(opened.data_folder)
-    items, only = ([item.strip() for item in text.split(",") if item.strip()] for text in (history, candidates))
+    items, only = (
+        [item.strip() for item in text.split(",") if item.strip()] for text in (history, candidates)
+    )
     found = {
         name: do_recommend(folder, domain, items, k, candidates=only or None)
         for name, folder in models.items()
     }
-    said = {
-        name: why(models[name], domain, items, ranked[0][0]) for name, ranked in found.items() if explain
-    }
+    said = {name: why(models[name], domain, items, ranked[0][0]) for name, ranked in found.items() if explain}
     if as_json:
         rows: dict[str, Any] = {
             name: [{"item": item, "title": title, "score": round(score, 6)} for item, title, score in ranked]

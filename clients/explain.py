@@ -10,8 +10,10 @@ from clients.home import ClientHome
 from clients.policy import NEEDED, EgressPolicy, vector_bytes
 from clients.training import isolation
 from common.config import RunConfig
+from common.crossing import crossing_tensors
 from common.errors import ModelError, PolicyError
-from common.models.base import resolve_base, trainable_tensors
+from common.language.adapters import is_causal
+from common.models.base import resolve_base
 from common.parcels import Codec, Kind
 from common.payloads import MAX_JSON_BYTES
 
@@ -79,12 +81,15 @@ def _metrics(policy: EgressPolicy) -> list[str]:
 def _vector(home: ClientHome) -> dict[str, Any]:
     """The task vector of this owner's base model, and whether a run with it could begin at all."""
     try:
-        tensors = trainable_tensors(resolve_base(home.config.base))
+        base = resolve_base(home.config.base)
+        adapts: dict[str, Any] = {"lora": {}, "instruction": {}} if is_causal(base) else {}
+        tensors = crossing_tensors(base, RunConfig.model_validate(adapts))
     except ModelError as err:
         return {"problem": err.message}
     policy = home.policy
     return {
         "tensors": len(tensors),
+        "adapter": bool(adapts),
         "may_not_leave": [name for name in sorted(tensors) if not policy.allows_tensor(name, tensors[name])],
         "codecs": {codec.value: _with_codec(policy, codec, tensors) for codec in (Codec.BF16, Codec.FP32)},
     }
@@ -143,6 +148,7 @@ def _vector_in_words(vector: dict[str, Any]) -> Iterator[str]:
     if "problem" in vector:
         yield f"    the base model cannot be read: {vector['problem']}"
         return
+    whose = "an adapter of this base, with the default [lora]," if vector["adapter"] else "this base model"
     for codec, fact in vector["codecs"].items():
         said = f"refused: {fact['refused']}" if fact["refused"] else f"{fact['bytes']:,} bytes"
-        yield f"    {vector['tensors']} tensors of this base model in {codec}: {said}"
+        yield f"    {vector['tensors']} tensors of {whose} in {codec}: {said}"

@@ -1,7 +1,7 @@
-"""Recommendations by an adapted language model: it ranks candidate titles after a history, and may say why.
+"""Recommendations by an adapted language model: it ranks titles after a history, and may say why.
 
-A prompt holds as many candidates as the model was trained on. A whole catalog is ranked as a tournament: groups
-of that size, the best of each go on, until one group is left; so a catalog of I items costs about
+A prompt holds as many candidates as the model was trained on. A whole catalog is ranked as a tournament:
+groups of that size, the best of each go on, until one group is left; so a catalog of I items costs about
 `3 I / (2 candidates)` prompts.
 """
 
@@ -15,10 +15,10 @@ import torch
 from clients.data.domain import Domain
 from clients.serving import settings_of
 from clients.training.language import load_language
-from clients.training.ranking import fitted
 from common.config import InstructionSection, RunConfig
 from common.errors import ConfigError, DataError, ModelError
 from common.language.adapters import CONFIG_FILE, base_of
+from common.language.evaluation import fit
 from common.language.model import CausalLM
 from common.language.prompts import Template
 from common.language.records import Ranking, title_key
@@ -38,9 +38,9 @@ def rank_titles(
 ) -> list[tuple[int, float]]:
     """The best `k` items (index, score) of `candidates`, or of the catalog, after `history`, oldest first.
 
-    Scores are mean log-likelihoods a token of the title, comparable within the last group alone. Items without
-    a title, and others of a title that came before, are left out. Raises DataError where fewer than two are
-    left, ConfigError where `k` is more than a group can give.
+    Scores are mean log-likelihoods a token of the title, comparable within the last group alone. Items
+    without a title, and others of a title that came before, are left out. Raises DataError where fewer than
+    two are left, ConfigError where `k` is more than a group can give.
     """
     config = settings_of(model_folder)
     section = config.instruction or InstructionSection()
@@ -51,15 +51,17 @@ def rank_titles(
         raise DataError(
             f"{len(pool)} items with titles to rank, expected two or more", next_step="name more candidates"
         )
-    if k > section.candidates // 2 and len(pool) > section.candidates:
+    size = max(section.candidates, 3)
+    if k > size // 2 and len(pool) > size:
         raise ConfigError(
-            f"-k {k}: at most {section.candidates // 2} of a whole catalog",
+            f"-k {k}: at most {size // 2} of so many items",
             next_step=f"the model was trained on {section.candidates} candidates at a time",
         )
     lm = _load(model_folder, config)
-    kept = max(k, section.candidates // 3)
-    while len(pool) > section.candidates:
-        groups = [pool[start :: -(-len(pool) // section.candidates)] for start in range(-(-len(pool) // section.candidates))]
+    kept = max(k, size // 3)
+    while len(pool) > size:
+        count = -(-len(pool) // size)
+        groups = [pool[start::count] for start in range(count)]
         ranked = _scores(lm, config, domain, history, groups)
         pool = [item for group in ranked for item, _ in group[:kept]]
     (last,) = _scores(lm, config, domain, history, [pool])
@@ -92,7 +94,7 @@ def _scores(
     batch_size = config.evaluation.batch_size
     found = []
     for start in range(0, len(rankings), batch_size):
-        chosen = fitted(lm, template, rankings[start : start + batch_size], section.max_prompt_tokens)
+        chosen = fit(lm, template, rankings[start : start + batch_size], section.max_prompt_tokens)
         found += candidate_scores(lm, template, chosen, batch_size)
     ranked = []
     for group, scores_I in zip(groups, found, strict=True):
@@ -103,7 +105,8 @@ def _scores(
 
 def _distinct(domain: Domain, items: Sequence[int]) -> list[int]:
     """Those with a title, each title once."""
-    titles, found = domain.attributes.get("title") or [""] * len(domain.item_ids), {}
+    titles = domain.attributes.get("title") or [""] * len(domain.item_ids)
+    found: dict[str, int] = {}
     for item in items:
         found.setdefault(title_key(titles[item]), item)
     found.pop("", None)

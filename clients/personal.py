@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from clients.serving import current_or_fail, own_model, settings_of, write_settings
 from common.errors import BaseMismatchError, ConfigError
 from common.files import replace_folder, write_atomic
+from common.language.adapters import is_adapter
 from common.models.base import model_digest, save_model
 from common.progress import NO_REPORT, Report
 
@@ -61,6 +62,11 @@ def interpolate(
         raise ConfigError("shares must be between 0 and 1", next_step=f"use {', '.join(map(str, SHARES))}")
     folders = {"universal": current_or_fail(home), "own": own_model(home)}
     config = settings_of(folders["universal"])
+    if is_adapter(folders["universal"]) or is_adapter(folders["own"]):
+        raise ConfigError(
+            "no personal model is made of a language model's adapters",
+            next_step="isthmus client recommend --model own, or --model universal",
+        )
     ends = {name: load_tensors(folder) for name, folder in folders.items()}
     shapes = {end: {name: tensor.shape for name, tensor in tensors.items()} for end, tensors in ends.items()}
     if shapes["universal"] != shapes["own"]:

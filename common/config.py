@@ -23,6 +23,7 @@ EMBEDDED_BASE = "embedded"
 DEFAULT_PUBLISHED = "task-arithmetic"
 ADAPTER_MERGES = ("factors", "knots", "product")
 INSTRUCTION_EVALUATION = {"k": 3, "batch_size": 8}
+INSTRUCTION_CUTS = (1, 3)  # NDCG@k by which early stopping and comparisons go
 
 REFERENCE_LEARNING: dict[str, Any] = {
     "steps": 500,
@@ -293,6 +294,8 @@ class RunConfig(Frozen):
             raise ValueError("a language model trains with adapters only: add a [lora] section")
         if self.lora is not None and self.privacy.mechanism != "none":
             raise ValueError("privacy.mechanism 'dp-sgd' does not go with [lora]")
+        if self.instruction is not None and self.evaluation.k not in INSTRUCTION_CUTS:
+            raise ValueError(f"with [instruction] evaluation.k is one of {INSTRUCTION_CUTS}")
         return self
 
     @model_validator(mode="after")

@@ -56,8 +56,9 @@ def ndcg_gains(rank_B: Tensor, k: int = 10) -> Tensor:
 
 def run_metrics(config: RunConfig) -> tuple[str, ...]:
     """Every metric that a run of `config` may report."""
-    names = metric_names(config.evaluation.k)
-    return names if config.instruction is None else (*dict.fromkeys((*names, "ndcg@1", VALID_ANSWERS)),)
+    if config.instruction is None:
+        return metric_names(config.evaluation.k)
+    return "ndcg@1", "ndcg@3", "recall@1", "recall@3", "recall@10", VALID_ANSWERS
 
 
 def metric_names(k: int = 10) -> tuple[str, str]:

@@ -86,6 +86,11 @@ def estimate_s(run: Run) -> float:
 
 def _inputs(home: ServerHome, run: Run) -> Inputs:
     source, domains = home.runs.source(run), run.merged_domains
+    if run.spec.config.lora is not None:
+        raise FederationError(
+            f"{run.spec.run_id} merges adapters, and the probes are of encoders",
+            next_step="merge anew without a vector: isthmus run withdraw, or a run without its owner",
+        )
     if run.state["state"] != DONE or len(domains) < 2:
         raise FederationError(
             f"{run.spec.run_id} is not a finished run of two vectors or more",

@@ -251,6 +251,11 @@ def publish_universal(
 
 def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeResult:
     """The same merge with every domain called by its pseudonym, for what is published."""
+    digests: dict[str, Any] = {
+        key: {pseudonyms[name]: digest for name, digest in result.inputs[key].items()}
+        for key in ("vectors", "catalogs")
+        if key in result.inputs
+    }
     return replace(
         result,
         domains=[pseudonyms[name] for name in result.domains],
@@ -258,7 +263,7 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
             group: {pseudonyms[name]: value for name, value in row.items()}
             for group, row in result.coefficients.items()
         },
-        inputs={**result.inputs, "vectors": {pseudonyms[n]: d for n, d in result.inputs["vectors"].items()}},
+        inputs={**result.inputs, **digests},
     )
 
 

@@ -35,7 +35,10 @@ class DomainSource(Frozen):
 class SimulationSection(Frozen):
     """What only a simulation may do."""
 
-    joint: bool = Field(True, description="also train one model on the pooled data: not private, a reference")
+    joint: bool = Field(
+        True,
+        description="also train one model on the pooled data: not private, a reference; not with [lora]",
+    )
     joint_steps: int | None = Field(None, ge=1, description="None: as many as all domains together")
     trainers_at_once: int | None = Field(None, ge=1, description="None: as many as there are processors")
     threads_per_domain: int = Field(1, ge=1, description="processor threads of each domain's processes")

@@ -57,7 +57,7 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
 
     extra_s = {"setup": round(setup_s, 2)}
     joint: dict[str, dict[str, float]] = {}
-    if config.simulation.joint:
+    if config.simulation.joint and config.lora is None:  # the reference trains encoders
         joint_started_s = time.time()
         joint = run_joint(out, console)
         extra_s["joint"] = round(time.time() - joint_started_s, 2)

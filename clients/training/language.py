@@ -18,14 +18,16 @@ from torch.utils.data import Dataset
 from clients.data.domain import Domain
 from clients.data.instructions import rankings_of
 from clients.training.fit import FitResult, Trained, plan_of, record_result, train_tower
-from clients.training.ranking import evaluate_rankings, fitted
+from clients.training.ranking import evaluate_domain
 from clients.training.trainer import EncoderTrainer
 from common.config import InstructionSection, LoraSection, RunConfig
 from common.crossing import crossing_tensors
-from common.errors import DataError, ModelError
+from common.errors import ModelError
 from common.language.adapters import Adapter, initial_adapter, load_adapter, save_adapter
+from common.language.evaluation import fit
 from common.language.model import CausalLM, load_causal
 from common.language.prompts import Template
+from common.language.records import Ranking
 from common.language.scoring import whole_log_likelihoods
 from common.parcels import Privacy
 from common.progress import Report
@@ -35,6 +37,7 @@ README = """# A domain's fine-tuned adapter
 
 Made by Isthmus from private interactions. It stays with its owner: do not publish it.
 """
+SEEDS_APART = 1_000_003  # between two epochs, whose candidates are drawn anew
 Instructions = dict[str, Any]  # "prompts" and "answers": a list of token ids for each example
 
 
@@ -83,13 +86,8 @@ class InstructionBatches(Dataset[Instructions]):
         self._lm, self._domain, self._config = lm, domain, config
         self._section = sections(config)[1]
         self._template = Template.load(self._section.template)
-        self._epoch, self._rankings = -1, []  # type: ignore[var-annotated]
+        self._epoch, self._rankings = -1, list[Ranking]()
         self._load(0)
-        if not self._rankings:
-            raise DataError(
-                f"domain {domain.name!r} gives no training instruction",
-                next_step="use a domain whose users have at least two training interactions",
-            )
         self.batch_size = min(config.training.batch_size, len(self._rankings))
 
     def __len__(self) -> int:
@@ -102,7 +100,7 @@ class InstructionBatches(Dataset[Instructions]):
         chosen_B = order_N[position * self.batch_size : (position + 1) * self.batch_size]
         rankings = [self._rankings[int(n)] for n in chosen_B]
         prompts, answers = [], []
-        for ranking in fitted(self._lm, self._template, rankings, self._section.max_prompt_tokens):
+        for ranking in fit(self._lm, self._template, rankings, self._section.max_prompt_tokens):
             prompt = self._template.ranking_prompt(ranking)
             prompts.append(self._lm.encode(prompt))
             answers += self._lm.encode_answers(prompt, [self._template.ranking_answer(ranking)])
@@ -110,14 +108,13 @@ class InstructionBatches(Dataset[Instructions]):
 
     def _load(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._rankings = list(
-                rankings_of(
-                    self._domain,
-                    "train",
-                    self._config.run.seed + 1_000_003 * epoch,
-                    candidates=self._section.candidates,
-                    max_history=self._section.history_items,
-                )
+            self._rankings = rankings_of(
+                self._domain,
+                "train",
+                self._config.run.seed + SEEDS_APART * epoch,
+                self._section.candidates,
+                history_items=self._section.history_items,
+                positions=self._config.training.positions_per_user,
             )
             self._epoch = epoch
 
@@ -184,9 +181,7 @@ def fine_tune_adapter(
 
     def validate() -> dict[str, float]:
         users = config.training.validation_users
-        return evaluate_rankings(
-            lm, domain, config, "valid", report, max_users=users, phase="validate"
-        ).metrics
+        return evaluate_domain(lm, domain, config, "valid", report, max_users=users, phase="validate").metrics
 
     training = config.training
     plan = plan_of(config, max_steps=training.max_steps, eval_every_steps=training.eval_every_steps)

@@ -120,6 +120,26 @@ def sequence_losses(
     return loss_U
 
 
+def _losses(
+    domain: Domain, base: Path, own: Path, config: RunConfig, report: Report
+) -> tuple[Doubles, Doubles]:
+    """Each user's loss under the base model and under the domain's own: two of [U]."""
+    if config.instruction is None:
+        found = [
+            sequence_losses(load_encoder(folder, config, training=False), domain, config, report=report)
+            for folder in (base, own)
+        ]
+    else:
+        from clients.training.language import load_language, wear
+        from clients.training.ranking import user_losses
+
+        lm, found = load_language(base, config), []
+        for adapter in (None, own):
+            wear(lm, base, config, adapter)
+            found.append(user_losses(lm, domain, config, report))
+    return found[0], found[1]
+
+
 def hold_out(domain: Domain, users: int, seed: int) -> tuple[Rows, Rows]:
     """Rows of the users to train on, and of a seeded draw of `users` others, both ordered.
 
@@ -153,10 +173,7 @@ def check_release(
     count, seed = len(other_rows), config.run.seed
     drawn = np.random.default_rng([seed, count]).choice(member_rows, count, replace=False)
     attacked = domain.with_users(np.concatenate([np.sort(drawn), other_rows]))
-    base_U, own_U = (
-        sequence_losses(load_encoder(folder, config, training=False), attacked, config, report=report)
-        for folder in (base_folder, fitted.model_folder)
-    )
+    base_U, own_U = _losses(attacked, base_folder, fitted.model_folder, config, report)
     gain_U = base_U - own_U
     found = assess(gain_U[:count], gain_U[count:], seed)
     record = {**asdict(found), "fpr": FPR, "max_tpr": limit.max_tpr, "vector_sha256": fitted.vector_sha256}

@@ -171,11 +171,11 @@ def _evaluation(
         encoder = load_encoder(model_folder, config, training=False)
         return evaluate(encoder, domain, config, "test", report, phase=phase)
     from clients.training.language import wear
-    from clients.training.ranking import evaluate_rankings
+    from clients.training.ranking import evaluate_domain
 
     lm = _language(base, config.model_dump_json())
     wear(lm, base, config, model_folder if is_adapter(model_folder) else None)
-    return evaluate_rankings(lm, domain, config, "test", report, phase=phase)
+    return evaluate_domain(lm, domain, config, "test", report, phase=phase)
 
 
 @functools.lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from common.language.model import CausalLM
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import candidate_scores, generate_rankings, yes_no_scores
-from common.metrics import auc, gauc, ndcg_at_k, ranks, recall_at_k
+from common.metrics import VALID_ANSWERS, auc, gauc, ndcg_at_k, ranks, recall_at_k
 from common.progress import NO_REPORT, Report
 
 Scoring = Literal["likelihood", "generation"]
@@ -86,7 +86,7 @@ def evaluate_rankings(
     metrics = {f"ndcg@{k}": ndcg_at_k(rank_N, k) for k in CUTS[:2]}
     metrics |= {f"recall@{k}": recall_at_k(rank_N, k) for k in CUTS}
     if scoring == "generation":
-        metrics["valid-answers"] = valid / len(fitted)
+        metrics[VALID_ANSWERS] = valid / len(fitted)
     return RankingEvaluation(metrics, rank_N, counts)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from common.config import LoraSection
 from common.files import replace_folder, storage_errors
 from common.language.adapters import PREFIX, adapted_layers, adapter_tensors, check_adapter
-from common.models.base import WEIGHTS
+from common.models.base import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,8 @@ def merge_into_base(
     """Write the base with the adapter merged into it to `folder`, whole or not at all.
 
     Sums are in float32, tensors keep the base's dtype; configuration and tokenizer are the base's files.
-    Needs memory for one copy of the model. Raises VectorError where the adapter does not fit, StorageError.
+    Needs memory for the largest file of the base. Raises VectorError where the adapter does not fit,
+    StorageError.
     """
     import torch
     from safetensors.torch import load_file
@@ -32,20 +33,23 @@ def merge_into_base(
     from common.vectors import save_tensors
 
     check_adapter(adapter, adapter_tensors(base, lora))
-    tensors = load_file(base / WEIGHTS)
-    for path in adapted_layers(base, lora):
-        B_RK, A_KC = (adapter[f"{PREFIX}{path}.lora_{letter}.weight"].float() for letter in "BA")
-        weight = tensors[f"{path}.weight"]
-        tensors[f"{path}.weight"] = (weight.to(torch.float32) + lora.scaling * B_RK @ A_KC).to(weight.dtype)
+    layers = adapted_layers(base, lora)
     stage = folder.with_name(f".{folder.name}.stage")
     shutil.rmtree(stage, ignore_errors=True)
     try:
         with storage_errors(folder):
             stage.mkdir(parents=True)
-            save_tensors(stage / WEIGHTS, tensors, metadata={"format": "pt"})
-            for path in base.iterdir():
-                if path.is_file() and path.suffix not in _NOT_COPIED:
-                    shutil.copyfile(path, stage / path.name)
+            for file in weight_files(base):
+                tensors = load_file(file)
+                for layer in [name for name in layers if f"{name}.weight" in tensors]:
+                    B_RK, A_KC = (adapter[f"{PREFIX}{layer}.lora_{letter}.weight"].float() for letter in "BA")
+                    weight = tensors[f"{layer}.weight"]
+                    merged = weight.to(torch.float32) + lora.scaling * B_RK @ A_KC
+                    tensors[f"{layer}.weight"] = merged.to(weight.dtype)
+                save_tensors(stage / file.name, tensors, metadata={"format": "pt"})
+            for beside in base.iterdir():
+                if beside.is_file() and beside.suffix not in _NOT_COPIED:
+                    shutil.copyfile(beside, stage / beside.name)
             (stage / "README.md").write_text(readme, encoding="utf-8")
             replace_folder(stage, folder)
     finally:

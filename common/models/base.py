@@ -1,6 +1,6 @@
 """Model folders: where the base is, what it is (its digest), what of it may train, how it is saved.
 
-Rules: a folder is in Hugging Face layout with one `model.safetensors` (never pickle); embedding
+Rules: a folder is in Hugging Face layout with `model.safetensors` or its shards (never pickle); embedding
 tables and poolers never train and never cross (what changed in them gives the private vocabulary away);
 what is saved loads in `SentenceTransformer(path)` and `AutoModel.from_pretrained(path)` without us.
 torch is imported only where tensors are read or written.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Pooling = Literal["mean", "cls"]
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
@@ -59,15 +59,32 @@ def resolve_base(model: str) -> Path:
     return folder
 
 
-def read_entries(folder: Path) -> list[WeightEntry]:
-    """The tensors of a model folder, from the header alone. Raises ModelError naming what is missing."""
-    for name in ("config.json", WEIGHTS):
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: one, or the shards that its index names.
+
+    Raises ModelError naming what is missing.
+    """
+    indexed = not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file()
+    names = {WEIGHTS}
+    if indexed:
+        shards = _read_json(folder / INDEX).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ModelError(f"{folder / INDEX}: not an index of shards", next_step="obtain the model again")
+    for name in ("config.json", *sorted(names)):
         if not (folder / name).is_file():
             raise ModelError(
-                f"{folder}: no {name}",
-                next_step="give a folder that save_pretrained wrote (safetensors, one file)",
+                f"{folder}: no {name}", next_step="give a folder that save_pretrained wrote (safetensors)"
             )
-    return read_weights(folder / WEIGHTS)
+    return [folder / name for name in sorted(names)]
+
+
+def read_entries(folder: Path) -> list[WeightEntry]:
+    """The tensors of a model folder, from the headers alone. Raises ModelError naming what is missing."""
+    entries = [entry for path in weight_files(folder) for entry in read_weights(path)]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ModelError(f"{folder}: two shards hold one tensor", next_step="obtain the model again")
+    return entries
 
 
 def model_digest(folder: Path) -> str:
@@ -76,13 +93,14 @@ def model_digest(folder: Path) -> str:
     JSON files count by their canonical content without the keys that name paths and library versions,
     so a copy that another version of transformers saved unchanged keeps its digest.
     """
-    read_entries(folder)
+    tables = [row for path in weight_files(folder) for row in tensor_table(path)]
     files = {}
-    for name in _DIGESTED:
+    lists = (path.name for path in folder.glob("*vocab*.json"))  # some tokenizers are a list of words alone
+    for name in {*_DIGESTED, *lists}:
         path = folder / name
         if path.is_file():
             files[name] = hashlib.sha256(_canonical(path)).hexdigest()
-    statement = {"tensors": tensor_table(folder / WEIGHTS), "files": files}
+    statement = {"tensors": sorted(tables, key=lambda row: str(row["name"])), "files": files}
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
 
 
@@ -150,16 +168,16 @@ def load_tensors(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
     import torch
     from safetensors import safe_open
 
-    read_entries(folder)
+    wanted = None if names is None else set(names)
     tensors = {}
-    with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as file:
-        known = set(file.keys())
-        for name in sorted(known if names is None else names):
-            if name not in known:
-                raise ModelError(f"{folder}: no tensor {name!r}", next_step="use the run's base model")
-            tensor = file.get_tensor(name)
-            tensors[name] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-    return tensors
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys() if wanted is None else wanted & set(file.keys()):
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    if missing := sorted((wanted or set()) - tensors.keys()):
+        raise ModelError(f"{folder}: no tensor {missing[0]!r}", next_step="use the run's base model")
+    return dict(sorted(tensors.items()))
 
 
 def save_model(

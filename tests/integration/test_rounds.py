@@ -105,7 +105,8 @@ def test_from_first_order_to_results(federation: LocalFederation, smooth: Run) -
     events = [json.loads(line)["type"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert set(events) == {"phase", "coefficients", "result"}
     for domain in federation.domains:
-        assert domain not in (run.folder / "model" / "README.md").read_text()
+        for name in ("README.md", "merge.json"):
+            assert domain not in (run.folder / "model" / name).read_text()
         private = Domain.load(federation.path(domain).parent.parent / "data" / domain)
         crossed = (run.folder / "summary.json").read_text() + (
             federation.server_path / "ledger.jsonl"

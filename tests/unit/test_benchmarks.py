@@ -16,6 +16,7 @@ from benchmarks import (
     merge_command,
     model_folders,
     outliers,
+    shared_prefix,
 )
 from benchmarks.measure import line, medians, take_turns
 
@@ -127,3 +128,12 @@ def test_outliers(tmp_path: Path) -> None:
     assert (rows["as it is"]["hits"], rows["as it is"]["false_alarms"]) == (0, 0)
     assert rows["flipped"]["hits"] == rows["x 10"]["hits"] == rows["x 10"]["of"] == 5
     assert all(row["false_alarms"] == 0 for row in rows.values())
+
+
+def test_shared_prefix(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    shared_prefix.main(["--title", "4", "--tokens", "20", "--repeats", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["off by"] < 1e-3
+    assert row["token ratio"] == pytest.approx(30 * 24 / (20 + 30 * 4), rel=0.15)
+    assert all(row[f"{name}_s"] > 0 for name in ("whole", "shared", "eight", "prompt"))

@@ -75,7 +75,7 @@ def test_another_digest_is_refused_and_changes_nothing(
     assert [path.name for path in (home / "models/universal").iterdir()] == [before.name]
 
 
-@pytest.mark.parametrize("moment", ["copytree", "model_digest", "_link"])
+@pytest.mark.parametrize("moment", ["copytree", "folder_digest", "_link"])
 def test_a_kill_while_installing_leaves_a_whole_model(
     published: list[Path], pico_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

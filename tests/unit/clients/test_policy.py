@@ -120,7 +120,7 @@ def test_explained_in_words(tmp_path: Path, pico_model: Path) -> None:
     for words in (
         "policy.toml: valid",
         f"in fp32: {sizes:,} bytes",
-        "recall@10, ndcg@10; 200 users or more",
+        "ndcg@1, valid-answers; 200 users or more",
         "8,589,934,592 bytes in 9 parcels",
         "embedding tables",
         "anything else becomes the code `error`",
