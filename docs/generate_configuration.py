@@ -23,8 +23,9 @@ from pydantic.fields import FieldInfo
 
 from clients.home import ClientConfig
 from clients.policy import EgressPolicy
-from common.config import REFERENCE_LEARNING, RunConfig
+from common.config import ADAPTER_MERGES, REFERENCE_LEARNING, RunConfig
 from server.home import ServerConfig
+from server.language.registry import METHODS
 from server.learning.options import AUTO, AutoOptions, default_candidates
 from server.merge import LEARNED_PAPERS
 from server.merging import methods, processes
@@ -82,8 +83,8 @@ RUN_MEANINGS = {
     "merge[].name": "Label in tables, and what `publish` refers to; empty: method, then granularity.",
     "merge[].options": "Options of the method, see below.",
     "merge[].learning": "A learning section for this entry alone, for learned methods.",
-    "evaluation.k": "Metrics are Recall@k and NDCG@k. An owner's policy allows metrics by name, by default "
-    "`recall@10` and `ndcg@10`: with another k nothing is reported until the owners allow it.",
+    "evaluation.k": "Metrics are Recall@k and NDCG@k; with `[instruction]` it is 3, or 1. An owner's policy "
+    "allows metrics by name: with a k that it does not name nothing is reported until the owner allows it.",
     "evaluation.max_users": "Evaluate at most so many test users, drawn by `run.seed`.",
     "evaluation.batch_size": "Histories encoded at once.",
     "lora.rank": "Columns of each B and rows of each A.",
@@ -207,6 +208,15 @@ def merge_methods() -> str:
     return "| `method` | options with defaults | source |\n|---|---|---|\n" + "\n".join(rows)
 
 
+def adapter_methods() -> str:
+    """The same for a run with `[lora]`."""
+    rows = []
+    for name, method in sorted(METHODS.items()):
+        options = ", ".join(f"`{key}` = {_toml(value)}" for key, value in method.check({}).items())
+        rows.append(f"| `{name}` | {options.replace('null', 'not set') or 'none'} | {method.paper} |")
+    return "| `method` | options with defaults | source |\n|---|---|---|\n" + "\n".join(rows)
+
+
 def render() -> str:
     """The whole page."""
     run_keys = frozenset(key for key, _ in leaves(RunConfig))
@@ -225,6 +235,9 @@ def render() -> str:
             "`publish` names by its label becomes the universal model.\n",
             merge_methods(),
             AUTO_TEXT.format(candidates=default_candidates()),
+            "\nA run with `[lora]` merges [adapters](language-models.md) and has methods of its own; without",
+            f"`[[merge]]` entries there are {', '.join(f'`{name}`' for name in ADAPTER_MERGES)}.\n",
+            adapter_methods(),
             '\n### `preset = "reference"`\n',
             "Fills these values in `[learning]`, as the reference implementation has them:\n",
             f"```toml\n[learning]\n{reference}\n```",

@@ -131,7 +131,7 @@ def test_every_configuration_validates(block: Block) -> None:
     config = validate(data, model, where=block.where)
     if isinstance(config, RunConfig):
         for method in config.merge:
-            check_method(method)
+            check_method(method, config)
 
 
 @pytest.mark.parametrize("block", _blocks("python"), ids=_ids(_blocks("python")))
