@@ -106,15 +106,85 @@ def questions_command(
     _print(format_name, {"metrics": found.metrics, "questions": len(records)})
 
 
-def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> Any:
+@app.command("mix")
+@errors_as_exit()
+def mix_command(
+    model: ModelArgument,
+    spirit: Annotated[Path, typer.Option(help="the base spirit: a PEFT folder, e.g. the universal adapter")],
+    ingredient: Annotated[Path, typer.Option(help="your own adapter: a PEFT folder")],
+    domain: Annotated[Path, typer.Option("--domain", help="a domain folder of `isthmus data prepare`")],
+    out: Annotated[Path, typer.Option(help="where the cocktail goes, as a PEFT folder")],
+    rule: Annotated[str, typer.Option(help="factors (A and B mixed), or product (B A mixed)")] = "factors",
+    granularity: Annotated[str, typer.Option(help="domain (two weights), or layer (two a layer)")] = "domain",
+    prompts: Annotated[int, typer.Option(min=2, help="unlabelled prompts")] = 50,
+    tokens: Annotated[int, typer.Option(min=1, max=64, help="first answer tokens whose entropy counts")] = 3,
+    steps: Annotated[int, typer.Option(min=0)] = 40,
+    protocol: Annotated[str, typer.Option(help="warm, or cold: users whose next item is new")] = "warm",
+    split: Annotated[str, typer.Option(help="users by their held-out item: valid or test")] = "valid",
+    template: TemplateOption = "ranking",
+    candidates: Annotated[int, typer.Option(min=2)] = 30,
+    history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
+    max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: BatchOption = 8,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
+    format_name: FormatOption = "text",
+) -> None:
+    """Mix a base spirit with your own adapter by entropy on your own unlabelled prompts; nothing leaves."""
+    _one_of("--rule", rule, ("factors", "product"))
+    _one_of("--granularity", granularity, ("domain", "layer"))
+    _one_of("--protocol", protocol, ("warm", "cold"))
+    _one_of("--split", split, ("valid", "test"))
+    _one_of("--format", format_name, ("text", "json"))
+    from clients.data.domain import Domain
+    from clients.training.cocktail import mix_in_domain
+    from common.config import InstructionSection
+    from common.language.options import CocktailOptions
+
+    options = {
+        "rule": rule, "granularity": granularity, "prompts": prompts, "tokens": tokens, "steps": steps,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    instruction = {
+        "template": template, "candidates": candidates, "protocol": protocol,
+        "history_items": history_items, "max_prompt_tokens": max_prompt_tokens,
+    }  # fmt: skip
+    precision_, device_ = _where(precision, device)
+    with progress_bars() as report:
+        made = mix_in_domain(
+            model, spirit, ingredient, Domain.load(domain), out,
+            options=CocktailOptions.model_validate(options),
+            instruction=InstructionSection.model_validate(instruction),
+            split=cast(Literal["valid", "test"], split), precision=precision_, device=device_, report=report,
+        )  # fmt: skip
+    if format_name == "json":
+        typer.echo(json.dumps({"weights": made.weights, "facts": made.facts}, indent=2))
+        return
+    for group, weights in made.weights.items():
+        typer.echo(f"{group}: " + ", ".join(f"{label} {weight:.3f}" for label, weight in weights.items()))
+    held_back = made.facts["held_back_loss"]
+    typer.echo(
+        f"entropy of held-back prompts: {held_back['equal']:.4f} at equal weights, "
+        f"{held_back['learned']:.4f} learned"
+    )
+    typer.echo(f"written: {out}")
+
+
+def _where(precision: str, device: str) -> tuple[Literal["auto", "fp32", "bf16"], str]:
     _one_of("--precision", precision, ("auto", "fp32", "bf16"))
     import torch
 
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return cast(Literal["auto", "fp32", "bf16"], precision), where
+
+
+def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> Any:
     from common.language.adapters import load_adapter
     from common.language.model import load_causal
 
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    lm = load_causal(folder, precision=cast(Literal["auto", "fp32", "bf16"], precision), device=where)
+    known, where = _where(precision, device)
+    lm = load_causal(folder, precision=known, device=where)
     if adapter is not None:
         lm.attach(*load_adapter(adapter))
     return lm

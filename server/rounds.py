@@ -260,7 +260,7 @@ def pseudonymous(result: MergeResult, pseudonyms: Mapping[str, str]) -> MergeRes
         result,
         domains=[pseudonyms[name] for name in result.domains],
         coefficients={
-            group: {pseudonyms[name]: value for name, value in row.items()}
+            group: {pseudonyms.get(name, name): value for name, value in row.items()}  # or a base spirit
             for group, row in result.coefficients.items()
         },
         inputs={**result.inputs, **digests},

@@ -1,8 +1,8 @@
 """`cocktail` and learned coefficients as merge methods of a run: weights from prompts of pseudo-users.
 
 `cocktail` mixes all domains' adapters by entropy-guided weights (`common.language.cocktail`) into one
-universal adapter; with `domain` it mixes two, as the paper does: the base spirit, made without that domain
-(`server.language.spirit`), and the domain's own adapter. No prompt holds a user's item or a label.
+universal adapter. `cocktail_for` mixes two for one domain, as the paper does: the base spirit, made without
+that domain (`server.language.spirit`), and the domain's own adapter. Prompts are made of catalogs alone.
 
 The losses of `server.learning.losses` are methods too, under their own names (`adamerging`, `mergerec`,
 `ranking-distillation`): what they call items are here the candidates of a prompt, a score is the mean
@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from common.config import InstructionSection
 from common.digests import json_digest
 from common.errors import ConfigError, suggest
+from common.language.adapters import Adapter
 from common.language.options import CocktailOptions
 from common.language.records import Ranking
 from common.models.base import model_digest
 from server.language.pseudo_prompts import Histories, pseudo_rankings
-from server.language.registry import AdapterInputs, AdapterResult, Options, adapter_method
+from server.language.registry import METHODS, AdapterInputs, AdapterResult, Options, adapter_method
 from server.language.spirit import spirit
 from server.learning.losses import LOSSES, Loss, Scores
 
 if TYPE_CHECKING:
-    from common.language.cocktail import Cocktail
     from common.language.model import CausalLM
     from common.language.prompts import Template
 
-SPIRIT, INGREDIENT = "base spirit", "ingredient"
+SPIRIT, INGREDIENT = "base spirit", "ingredient"  # no domain can be called so
 ROLL_OUT_TEMPERATURE = 0.5
 
 
@@ -47,10 +47,18 @@ class PseudoOptions(CocktailOptions, Options):
 
 
 class MethodOptions(PseudoOptions):
-    """Options of `cocktail`. `spirit`: a merge method, or the folder of a public adapter on the server."""
+    """Options of `cocktail`."""
 
-    domain: str = Field("", description="mix for this domain; empty: one adapter for all")
-    spirit: str = Field("product", description="what the base spirit of a `domain` is merged by")
+    spirit: str = Field(
+        "", description="a merge method: the base spirit that it makes of all adapters is mixed in, too"
+    )
+
+    @field_validator("spirit")
+    @classmethod
+    def _check_spirit(cls, method: str) -> str:
+        if method and (method not in METHODS or method == "cocktail"):
+            raise ValueError(f"no base spirit by {method!r}; {suggest(method, METHODS)}")
+        return method
 
 
 class LearnedOptions(PseudoOptions):
@@ -66,24 +74,43 @@ class LearnedOptions(PseudoOptions):
     equation="A = sum_i w_i A_i, B = sum_i w_i B_i, w = softmax(logits)",
 )
 def cocktail(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterResult:
-    """Entropy-guided weights of all adapters, or of base spirit and ingredient of one `domain`."""
+    """Entropy-guided weights of all adapters, and of a base spirit made of them where `spirit` names one."""
+    chosen = MethodOptions(**options)
+    if not chosen.spirit:
+        return _mix(inputs, inputs.adapters, list(inputs.adapters), chosen, {})
+    made = spirit(inputs, chosen.spirit)
+    return _mix(inputs, {SPIRIT: made.adapter, **inputs.adapters}, list(inputs.adapters), chosen, made.facts)
+
+
+def cocktail_for(
+    inputs: AdapterInputs, domain: str, options: PseudoOptions | None = None, *, spirit_by: str = "product"
+) -> AdapterResult:
+    """The paper's cocktail for one domain: its own adapter and the base spirit `spirit(inputs, spirit_by,
+    without=domain)`, weighed on pseudo-users of its catalog.
+
+    Raises ConfigError for a domain without adapter or catalog; else as `spirit` and `mix_by_entropy`.
+    """
+    if domain not in inputs.adapters:
+        raise ConfigError(
+            f"cocktail: no adapter of domain {domain!r}", next_step=suggest(domain, inputs.adapters)
+        )
+    made = spirit(inputs, spirit_by, without=domain)
+    parts = {SPIRIT: made.adapter, INGREDIENT: inputs.adapters[domain]}
+    return _mix(inputs, parts, [domain], options or PseudoOptions(), made.facts)
+
+
+def _mix(
+    inputs: AdapterInputs,
+    adapters: Mapping[str, Adapter],
+    domains: Sequence[str],
+    options: PseudoOptions,
+    spirit_facts: Mapping[str, Any],
+) -> AdapterResult:
+    """`adapters` (label -> adapter) by entropy-guided weights on pseudo-users of `domains`."""
     from common.language.cocktail import mix_by_entropy
 
-    chosen = MethodOptions(**options)
-    facts: dict[str, Any] = {}
-    adapters, domains = dict(inputs.adapters), list(inputs.adapters)
-    if chosen.domain:
-        if chosen.domain not in adapters:
-            raise ConfigError(
-                f"cocktail: no adapter of domain {chosen.domain!r}",
-                next_step=suggest(chosen.domain, adapters),
-            )
-        made = spirit(inputs, chosen.spirit, without=chosen.domain)
-        adapters = {SPIRIT: made.adapter, INGREDIENT: adapters[chosen.domain]}
-        domains = [chosen.domain]
-        facts["spirit"] = made.facts
     lm, template, instruction = _prepare(inputs)
-    rankings = _pseudo(inputs, chosen, lm, template, domains)
+    rankings = _pseudo(inputs, options, lm, template, domains)
     mixed = mix_by_entropy(
         lm,
         model_digest(inputs.base),
@@ -91,13 +118,14 @@ def cocktail(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterResult
         adapters,
         template,
         [ranking for own in rankings.values() for ranking in own],
-        _learning(chosen),
+        _learning(options),
         inputs.work,
         rank=inputs.lora.rank,
         most_tokens=instruction.max_prompt_tokens,
         report=inputs.report,
     )
-    return _result(mixed, facts)
+    facts = {**mixed.facts, **({"spirit": dict(spirit_facts)} if spirit_facts else {})}
+    return AdapterResult(mixed.adapter, facts, mixed.weights)
 
 
 def _learned(loss: Loss) -> Callable[[AdapterInputs, Mapping[str, Any]], AdapterResult]:
@@ -178,7 +206,7 @@ def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> Adapter
         rank=inputs.lora.rank,
         report=inputs.report,
     )
-    return _result(mixed, {})
+    return AdapterResult(mixed.adapter, mixed.facts, mixed.weights)
 
 
 def _prepare(inputs: AdapterInputs) -> tuple[CausalLM, Template, InstructionSection]:
@@ -237,7 +265,3 @@ def _pseudo(
 
 def _learning(options: PseudoOptions) -> CocktailOptions:
     return CocktailOptions(**options.model_dump(include=set(CocktailOptions.model_fields)))
-
-
-def _result(mixed: Cocktail, facts: dict[str, Any]) -> AdapterResult:
-    return AdapterResult(mixed.adapter, {**mixed.facts, **facts}, mixed.weights)

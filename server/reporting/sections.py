@@ -93,6 +93,9 @@ def _values(summary: Json, what: str, row: str, metric: str) -> dict[str, float]
 def coefficients(summary: Json, events: Sequence[Json]) -> Html:
     """Curves and final values of every merge that learned its coefficients."""
     names, blocks, shown = domain_names(summary), [], set[str]()
+    finals = [groups(part(summary, "merges", label, "coefficients")) for label in merge_order(summary)]
+    named = {name for final in finals for row in final.values() for name in row}
+    names = [*names, *sorted(named - set(names))]  # what is no domain's, such as a base spirit
     for label in merge_order(summary):
         final = groups(part(summary, "merges", label, "coefficients"))
         steps = [e for e in events if e.get("type") == "coefficients" and e.get("merge") == label]

@@ -1,8 +1,7 @@
-"""Cocktails at the server: pseudo-users' prompts, base spirits, and methods that learn from them."""
+"""Cocktails at the server: base spirits, and merge methods that learn from pseudo-users' prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import torch
 
 from common.catalog import Catalog
 from common.config import InstructionSection, LoraSection, RunConfig
-from common.errors import ConfigError, DataError, VectorError
+from common.errors import ConfigError, VectorError
 from common.language.adapters import Adapter, adapter_tensors, check_adapter, save_adapter
 from common.language.mixing import mix, section_of_rank
-from common.language.records import Ranking
 from common.learning_state import read_trajectory
 from common.progress import NO_REPORT
-from server.language.pseudo_prompts import pseudo_rankings
+from server.language.cocktail import PseudoOptions, cocktail_for
 from server.language.registry import METHODS, AdapterInputs
 from server.language.spirit import public_adapter, spirit
 from tests.conftest import WORDS
 
+pytestmark = pytest.mark.parametrize("tiny_causal", ["llama"], indirect=True)
 LORA = LoraSection(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
 QUICK = {"steps": 2, "batch_size": 3, "prompts": 6, "evaluate_every_steps": 1, "learning_rate": 0.2}
 DOMAINS = ("garden", "tea", "toys")
@@ -60,48 +59,6 @@ def run(name: str, inputs: AdapterInputs, **options: Any) -> Any:
     return METHODS[name](inputs, METHODS[name].check({**QUICK, **options}))
 
 
-@pytest.mark.parametrize("histories", ["one-item", "random", "rolled-out"])
-def test_pseudo_users_are_made_of_the_catalog_alone(histories: Any) -> None:
-    asked: list[tuple[str, int]] = []
-
-    def choose(domain: str, rankings: Sequence[Ranking]) -> list[int]:
-        asked.append((domain, len(rankings)))
-        return [len(ranking.history) % 3 for ranking in rankings]
-
-    def make() -> dict[str, list[Ranking]]:
-        return pseudo_rankings(
-            {name: catalog(name) for name in DOMAINS[:2]},
-            7,
-            candidates=6,
-            histories=histories,
-            history_items=4,
-            seed=3,
-            choose=choose,
-        )
-
-    made = make()
-    assert {name: len(own) for name, own in made.items()} == {"garden": 4, "tea": 3}
-    for name, own in made.items():
-        titles = set(catalog(name).attributes["title"])
-        for ranking in own:
-            assert ranking.target is None and len(ranking.candidates) == 6
-            assert set(ranking.history) | set(ranking.candidates) <= titles
-            assert not set(ranking.history) & set(ranking.candidates)
-            assert 1 <= len(ranking.history) <= (1 if histories == "one-item" else 4)
-    assert make() == made
-    assert bool(asked) == (histories == "rolled-out")
-
-
-def test_catalogs_that_make_no_prompts_are_named() -> None:
-    twice = catalog("tea", title=["Red cup", "red  CUP"] * 10)
-    for bad, said in (
-        (twice, "'tea': its catalog has 1 different titles, history and candidates take 8"),
-        (catalog("tea", brand=["acme"] * 20), "'tea': its catalog has no attribute `title`"),
-    ):
-        with pytest.raises(DataError, match=said):
-            pseudo_rankings({"tea": bad}, 3, candidates=3)
-
-
 def test_cocktail_of_all_domains(inputs: AdapterInputs) -> None:
     made = run("cocktail", inputs)
     check_adapter(made.adapter, adapter_tensors(inputs.base, LORA))
@@ -117,15 +74,20 @@ def test_cocktail_of_all_domains(inputs: AdapterInputs) -> None:
 
 
 def test_cocktail_of_spirit_and_ingredient(inputs: AdapterInputs, tmp_path: Path) -> None:
-    made = run("cocktail", inputs, domain="tea", spirit="factors", histories="rolled-out", rule="product")
+    options = PseudoOptions(**QUICK, histories="rolled-out", rule="product")
+    made = cocktail_for(inputs, "tea", options, spirit_by="factors")
     check_adapter(made.adapter, adapter_tensors(inputs.base, LORA))
     assert list(made.coefficients["all"]) == ["base spirit", "ingredient"]
     assert made.facts["spirit"]["domains"] == ["garden", "toys"] and made.facts["largest_residual"] > 0
     save_adapter(inputs.base, LORA, inputs.adapters["toys"], tmp_path / "public", "")
-    public = run("cocktail", inputs, domain="tea", spirit=str(tmp_path / "public"))
+    public = cocktail_for(inputs, "tea", PseudoOptions(**QUICK), spirit_by=str(tmp_path / "public"))
     assert public.facts["spirit"] == {"spirit": "public adapter"}
     with pytest.raises(ConfigError, match="no adapter of domain 'coffee'"):
-        run("cocktail", inputs, domain="coffee")
+        cocktail_for(inputs, "coffee")
+    together = run("cocktail", inputs, spirit="knots")
+    assert list(together.coefficients["all"]) == ["base spirit", *DOMAINS]
+    with pytest.raises(ConfigError, match="no base spirit by 'knot'; did you mean 'knots'"):
+        METHODS["cocktail"].check({"spirit": "knot"})
 
 
 @pytest.mark.parametrize("method", ["product", "factors", "knots", "elementwise", "adamerging", "cocktail"])
@@ -179,4 +141,5 @@ def test_a_domain_without_catalog_is_named(inputs: AdapterInputs) -> None:
     del inputs.catalogs["toys"]  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="no catalog of domain 'toys'"):
         run("cocktail", inputs)
-    assert run("cocktail", inputs, domain="tea").coefficients["all"].keys() == {"base spirit", "ingredient"}
+    made = cocktail_for(inputs, "tea", PseudoOptions(**QUICK))
+    assert made.coefficients["all"].keys() == {"base spirit", "ingredient"}
