@@ -4,17 +4,17 @@ The domain holds the adapters (those that their owners allowed to be shared, rec
 samples that never leave it. From then on it gets candidates of 2N numbers, mixes each on its own, and says
 the mean loss in thousandths of a nat a token. Rules:
 
-- a budget: at most `max_answers` different candidates in the life of `folder`; the same candidate asked again
-  gets the same answer and costs nothing, also after kill -9, because answers are on the disk before they are
+- a budget: at most `max_answers` different candidates in the life of `folder`; the same candidate asked
+  again gets the same answer and costs nothing, also after kill -9: answers are on the disk before they are
   given;
-- each user counts once, by the mean over its samples, cut to [0, `clip`]; what is not finite counts as `clip`.
-  So no answer is ever anything but one whole number between 0 and `1000 * clip`;
+- each user counts once, by the mean over its samples, cut to [0, `clip`]; what is not finite counts as
+  `clip`. So no answer is ever anything but one whole number between 0 and `1000 * clip`;
 - at least `min_users` users, or nothing is answered.
 
-With `noise_multiplier` z each answer gets Gaussian noise of standard deviation `z * clip / users` before it is
-rounded: z times what one user, replaced by another, can change. All answers of the budget are accounted for
-together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without noise
-there is no such promise: a rounded mean over few users still tells something about each.
+With `noise_multiplier` z each answer gets Gaussian noise of standard deviation `z * clip / users` before it
+is rounded: z times what one user, replaced by another, can change. All answers of the budget are accounted
+for together, as a composition of that many Gaussian mechanisms; `privacy_of` says it beforehand. Without
+noise there is no such promise: a rounded mean over few users still tells something about each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -34,7 +35,8 @@ from common.digests import json_digest, vector_digest
 from common.errors import DataError, PolicyError
 from common.language.model import CausalLM
 from common.language.pool import Candidate, Pool
-from common.language.validation import Sample, Validation
+from common.language.samples import Sample
+from common.language.validation import Validation
 from common.learning_state import Trajectory, read_trajectory
 from common.parcels import Privacy
 
@@ -127,7 +129,7 @@ class Answers:
         if digest not in self._given:
             if self.left <= 0:
                 raise PolicyError(
-                    f"{self._limits.max_answers} candidates were answered, which is all that the owner allows",
+                    f"{self._limits.max_answers} candidates were answered: all that the owner allows",
                     next_step="plan fewer evaluations, or let the owner raise max_answers",
                 )
             self._lm.set_adapter(self._pool.mix([candidate])[0])
@@ -140,7 +142,7 @@ class Answers:
     def _released(self, losses_N: Tensor) -> int:
         """Mean over users, with noise where there is to be some, as a whole number within its range."""
         clip = self._limits.clip
-        of_users = [float(own.mean()) for own in losses_N.split(self._counts)]
+        of_users = [float(own.mean()) for own in torch.split(losses_N, self._counts)]
         kept = [min(max(loss, 0.0), clip) if math.isfinite(loss) else clip for loss in of_users]
         mean = math.fsum(kept) / len(kept)
         if self._limits.noise_multiplier:

@@ -46,8 +46,10 @@ class Candidate:
 
     @classmethod
     def of(cls, ratios: Sequence[float], scales: Sequence[float]) -> Candidate:
-        """Rounded to `DIGITS`. Raises ConfigError for a ratio outside [0, 1] or a value that is not finite."""
-        rounded = [tuple(round(float(value), DIGITS) + 0.0 for value in values) for values in (ratios, scales)]
+        """Rounded to `DIGITS`. Raises ConfigError for a ratio outside [0, 1], or what is not finite."""
+        rounded = [
+            tuple(round(float(value), DIGITS) + 0.0 for value in values) for values in (ratios, scales)
+        ]
         if len(rounded[0]) != len(rounded[1]) or not all(map(math.isfinite, rounded[0] + rounded[1])):
             raise ConfigError("a candidate needs one finite ratio and one finite scale for each adapter")
         if not all(0 <= ratio <= 1 for ratio in rounded[0]):
@@ -68,7 +70,9 @@ class Pool:
         for label in self.labels:
             self._check(label, adapters[label])
         self._stacks_NX = {
-            name: torch.stack([adapters[label][name].detach().float().cpu().flatten() for label in self.labels])
+            name: torch.stack(
+                [adapters[label][name].detach().float().cpu().flatten() for label in self.labels]
+            )
             for name in self.shapes
         }
         self._borders_NX = {

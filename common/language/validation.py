@@ -1,8 +1,8 @@
-"""A fixed set of labelled prompts that many adapters are scored on: tokenised once, in batches of like length.
+"""A fixed set of labelled prompts to score many adapters on: tokenised once, in batches of like length.
 
-    validation = Validation(lm, [("Which is next? A or B\\n", "B")])
-    lm.set_adapter(one)
-    validation.losses().mean()
+validation = Validation(lm, [("Which is next? A or B\\n", "B")])
+lm.set_adapter(one)
+validation.losses().mean()
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from common.errors import DataError
 from common.language.model import CausalLM
+from common.language.samples import Sample
 from common.language.scoring import whole_log_likelihoods
-
-Sample = tuple[str, str]  # a prompt and its answer
 
 
 class Validation:

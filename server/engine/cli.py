@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,24 @@ def _recipe(path: Path | None, out: Path | None, flags: dict[str, Any]) -> Recip
                     next_step=f"there are {', '.join(labels)}",
                 )
             labels[label][key] = value if key == "catalog" else _value(value)
-    options = dict(_pair(text, "--option") for text in given.pop("options", ()))
-    data = {**given, "model": models, "options": {key: _value(value) for key, value in options.items()}}
+    data = {**given, "model": models, "options": parse_options(given.pop("options", ()))}
     return make_recipe(data, where="command line", folder=Path.cwd(), out=out)
 
 
-def _model(text: str) -> dict[str, Any]:
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as a table of a TOML file would have them. Raises ConfigError."""
+    return {key: _value(value) for key, value in (_pair(text, "--option") for text in texts)}
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """Label and folder of `[LABEL=]DIR`; the label is empty where none is given."""
     label, equals, path = text.partition("=")
-    if equals and "/" not in label and not Path(text).exists():
-        return {"label": label, "path": path}
-    return {"path": text}
+    return (label, path) if label and equals and "/" not in label and not Path(text).exists() else ("", text)
+
+
+def _model(text: str) -> dict[str, Any]:
+    label, path = split_label(text)
+    return {"label": label, "path": path} if label else {"path": path}
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

@@ -5,8 +5,8 @@ Stage 2 ("scales") keeps the best `a` and searches signed `b` in [-bound, bound]
 The paper does not say where the searches start: here stage 1 starts at `initial_ratio`, stage 2 at 1/N (or
 `initial_scale`), which is the result of stage 1.
 
-Read literally, the penalties are sums over adapters: with a hundred of them, `0.05 * ||a||_1` is worth up to 5
-nats a token, which no fine-tuning gains. `penalty = "mean"` divides both by N.
+Read literally, the penalties are sums over adapters: with a hundred of them, `0.05 * ||a||_1` is worth up to
+5 nats a token, which no fine-tuning gains. `penalty = "mean"` divides both by N.
 """
 
 from __future__ import annotations
@@ -15,45 +15,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
-from common.config import Frozen
+from common.digests import vector_digest
 from common.language.pool import Candidate, Pool
 from common.progress import NO_REPORT, Report
-from common.digests import vector_digest
 from server.evolution.fitness import Fitness
+from server.evolution.options import EvolutionOptions
 from server.evolution.search import Found, Point, Record, Stage, search
 
-MANY = 50  # adapters above which the second stage gets twice the iterations
 RECORD_FILE = "evolution.jsonl"
-
-
-class EvolutionOptions(Frozen):
-    """Options of `evo-merging`; the defaults are the paper's, where it gives any."""
-
-    ratio_iterations: int = Field(20, ge=0, description="generations of stage 1; 0 keeps every entry of A")
-    scale_iterations: int | None = Field(None, ge=1, description="None: 20, and 40 above 50 adapters")
-    population: int = Field(20, ge=4)
-    sigma: float = Field(0.05, gt=0)
-    ratio_penalty: float = Field(0.05, ge=0)
-    scale_penalty: float = Field(0.05, ge=0)
-    penalty: Literal["sum", "mean"] = Field("sum", description="mean: divided by the number of adapters")
-    bound: float = Field(1.5, gt=0, le=10)
-    initial_ratio: float = Field(0.5, ge=0, le=1)
-    initial_scale: float | None = Field(None, description="None: 1/N, where stage 1 ended")
-
-    def iterations(self, adapters: int) -> tuple[int, int]:
-        """Generations of the two stages."""
-        scales = self.scale_iterations or (40 if adapters > MANY else 20)
-        return self.ratio_iterations, scales
-
-    def evaluations(self, adapters: int) -> int:
-        """How many candidates will be scored in all: what a budget must allow."""
-        ratios, scales = self.iterations(adapters)
-        return (1 + ratios * self.population if ratios else 0) + 1 + scales * self.population
 
 
 @dataclass(frozen=True)
@@ -127,7 +100,7 @@ def evolve(
 
 
 def scale_search(stage: Stage, ratios: Point, fitness: Fitness, record: Record, report: Report) -> Found:
-    """Search signed scales at fixed ratios: the second stage, and with all ratios at 1 the whole of LoRAHub."""
+    """Search signed scales at fixed ratios: the second stage, and with all ratios at 1 LoRAHub."""
 
     def with_scales(points: Sequence[Point]) -> Sequence[float]:
         return fitness.losses([Candidate.of(ratios, point) for point in points])

@@ -26,8 +26,10 @@ from common.language.model import CausalLM
 from common.language.pool import Candidate, Pool
 from common.language.prompts import Template
 from common.language.records import Ranking
+from common.language.samples import Sample
 from common.language.scoring import candidate_scores, first_token_entropies
-from common.language.validation import Sample, Validation
+from common.language.validation import Validation
+from server.evolution.workers import ScoringWorkers
 
 AskDomain = Callable[[str, Sequence[Candidate]], Sequence[float]]
 
@@ -81,11 +83,18 @@ class ScoringFitness(ModelFitness):
         base: str,
         samples: Sequence[Sample],
         batch_size: int = 8,
+        workers: ScoringWorkers | None = None,
     ) -> None:
-        """Raises DataError without samples, or where one is too long for the model."""
+        """`workers` for these samples score a generation side by side. Raises DataError without samples."""
         super().__init__(lm, lora, pool, base)
+        self._workers = workers
         self._validation = Validation(lm, samples, batch_size)
         self.key = {**self._shared, "source": "scoring", "samples": json_digest({"samples": list(samples)})}
+
+    def losses(self, candidates: Sequence[Candidate]) -> list[float]:
+        if self._workers is None:
+            return super().losses(candidates)
+        return self._workers.losses(self.pool.mix(candidates))
 
     def loss(self) -> float:
         return float(self._validation.losses().mean())
@@ -108,7 +117,12 @@ class EntropyFitness(ModelFitness):
         super().__init__(lm, lora, pool, base)
         _check_some(prompts)
         self._prompts, self._tokens, self._batch_size = list(prompts), tokens, batch_size
-        self.key = {**self._shared, "source": "entropy", "tokens": tokens, "prompts": json_digest({"p": prompts})}
+        self.key = {
+            **self._shared,
+            "source": "entropy",
+            "tokens": tokens,
+            "prompts": json_digest({"p": prompts}),
+        }
 
     def loss(self) -> float:
         return float(first_token_entropies(self.lm, self._prompts, self._tokens, self._batch_size).mean())
@@ -117,8 +131,8 @@ class EntropyFitness(ModelFitness):
 class AgreementFitness(ModelFitness):
     """How far a candidate ranks each domain's prompts from how the domain's own adapter does.
 
-    Mean over all prompts of `T^2 KL(softmax(t / T) || softmax(s / T))`: MergeRec's distillation loss, with the
-    candidates' mean log-likelihoods a token as scores s, and the domain's adapter as teacher t.
+    Mean over all prompts of `T^2 KL(softmax(t / T) || softmax(s / T))`: MergeRec's distillation loss, with
+    the candidates' mean log-likelihoods a token as scores s, and the domain's adapter as teacher t.
     """
 
     def __init__(
@@ -163,8 +177,8 @@ class AgreementFitness(ModelFitness):
         return candidate_scores(self.lm, self._template, rankings, self._batch_size) if rankings else []
 
     def _distance(self, teacher: Tensor, student: Tensor) -> float:
-        logs = [(scores / self._temperature).log_softmax(0) for scores in (student, teacher)]
-        divergence = torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
+        student, teacher = ((s / self._temperature).log_softmax(0) for s in (student, teacher))
+        divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
         return float(divergence) * self._temperature**2
 
 
@@ -176,7 +190,7 @@ class DomainFitness:
     """
 
     def __init__(self, domains: Sequence[str], ask: AskDomain, facts: Mapping[str, Any]) -> None:
-        """`facts`: what the domains measure, for the key (run, base, metric). Raises DataError without any."""
+        """`facts`: what the domains measure, for the key (run, base). Raises DataError without domains."""
         if not domains:
             raise DataError("no domain to ask for fitness", next_step="name at least one")
         self._domains, self._ask = sorted(domains), ask

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from common.digests import json_digest
 from common.errors import ConfigError, ModelError
 from common.language.pool import DIGITS
-from common.progress import NO_REPORT, Report
-from common.digests import json_digest
 from common.learning_state import Trajectory, read_trajectory
+from common.progress import NO_REPORT, Report
 
 Point = tuple[float, ...]
 Evaluate = Callable[[Sequence[Point]], Sequence[float]]
@@ -135,7 +135,8 @@ class _Best:
     def tell(self, points: Sequence[Point], losses: Sequence[float]) -> list[float]:
         """Take note of a generation; returns finite objectives, what had none being worse than the rest."""
         objectives = [
-            loss + self.stage.penalty * sum(map(abs, point)) for point, loss in zip(points, losses, strict=True)
+            loss + self.stage.penalty * sum(map(abs, point))
+            for point, loss in zip(points, losses, strict=True)
         ]
         for point, loss, objective in zip(points, losses, objectives, strict=True):
             if math.isfinite(objective) and objective < self.objective:
@@ -155,7 +156,7 @@ class _Best:
     def found(self) -> Found:
         if self.shown is None:
             raise ModelError(
-                f"evolution: none of {self.evaluations} candidates of stage {self.stage.name} had a finite loss",
+                f"evolution: no finite loss in {self.evaluations} candidates of stage {self.stage.name}",
                 next_step="look at the adapters and at the samples; a base that overflows makes such losses",
             )
         return Found(

@@ -6,6 +6,6 @@ named here once.
 
 from __future__ import annotations
 
-from server.language import cocktail, rules
+from server.language import cocktail, evo_merging, rules
 
-__all__ = ["cocktail", "rules"]
+__all__ = ["cocktail", "evo_merging", "rules"]

@@ -1,4 +1,4 @@
-"""A domain's answers about candidates: one number, a budget, the disk before the answer, noise with its price."""
+"""A domain's answers about candidates: one number, a budget, noise with its price."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from clients.fitness import Answers, AnswerLimits, UserSamples, privacy_of
+from clients.fitness import AnswerLimits, Answers, UserSamples, privacy_of
 from common.config import LoraSection
 from common.errors import DataError, PolicyError
 from common.language.adapters import adapter_tensors

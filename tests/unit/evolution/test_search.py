@@ -9,7 +9,8 @@ import torch
 
 from common.errors import ConfigError, ModelError
 from common.language.pool import Pool
-from server.evolution import EvolutionOptions, evolve
+from server.evolution.evolve import evolve
+from server.evolution.options import EvolutionOptions
 from server.evolution.search import Record, Stage, search
 from tests.unit.language.test_pool import SHAPES, adapters
 
@@ -152,7 +153,7 @@ def test_nothing_finite_at_all_is_an_error(tmp_path):
         def losses(self, candidates):
             return [math.nan] * len(candidates)
 
-    with pytest.raises(ModelError, match="none of 401 candidates of stage ratios"):
+    with pytest.raises(ModelError, match="no finite loss in 401 candidates of stage ratios"):
         merge(Nothing(), tmp_path)
 
 
@@ -173,6 +174,6 @@ def test_a_start_outside_the_bounds_is_refused(tmp_path):
 
 
 def test_numpys_global_generator_is_left_alone(tmp_path):
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = np.random.get_state()[1].copy()
     merge(Quadratic(), tmp_path, ratio_iterations=1, scale_iterations=1)
-    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before).all()

@@ -1,0 +1,101 @@
+"""`evo-merging` as a merge method of a run: what the server itself can score candidates on.
+
+By default the candidates must rank pseudo-users' prompts, made of the domains' catalogs, as each domain's
+own adapter does ("agreement"); "entropy" asks only how sure they are. Neither sees a label. With `samples`, a
+file of labelled prompts that the operator has, candidates are scored on these ("scoring").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from common.config import InstructionSection
+from common.errors import ConfigError
+from common.language.samples import read_samples
+from common.models.base import model_digest
+from server.evolution.options import EvolutionOptions
+from server.language.pseudo_prompts import pseudo_rankings
+from server.language.registry import AdapterInputs, AdapterResult, Options, adapter_method
+
+if TYPE_CHECKING:
+    from common.language.pool import Pool
+    from server.evolution.fitness import Fitness
+
+
+class MethodOptions(EvolutionOptions, Options):
+    """Options of `evo-merging` in a run."""
+
+    fitness: Literal["agreement", "entropy", "scoring"] = "agreement"
+    samples: str = Field("", description="scoring: JSON lines of prompt and answer, on the server")
+    prompts: int = Field(50, ge=1, description="pseudo-users' prompts, over all domains")
+    history_items: int = Field(5, ge=1, description="a pseudo-user's history has one to so many items")
+    tokens: int = Field(3, ge=1, le=64, description="entropy: so many first tokens of the answer")
+    temperature: float = Field(0.05, gt=0, description="agreement: of both rankings")
+    batch_size: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> MethodOptions:
+        if (self.fitness == "scoring") != bool(self.samples):
+            raise ValueError("fitness = 'scoring' and a file of `samples` go together")
+        return self
+
+
+@adapter_method(
+    "evo-merging",
+    options=MethodOptions,
+    paper="Chen et al., 2025: Evo-Merging",
+    equation="A = sum_i b_i S_{a_i}(A_i), B = sum_i b_i B_i; a in [0, 1]^N, then b, by CMA-ES",
+)
+def evo_merging(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterResult:
+    """CMA-ES over sparsity ratios, then over signed scales; see `server.evolution`."""
+    from common.language.pool import Pool
+    from server.evolution.evolve import evolve
+
+    chosen, pool = MethodOptions(**options), Pool(inputs.adapters)
+    search = EvolutionOptions(**chosen.model_dump(include=set(EvolutionOptions.model_fields)))
+    seed = inputs.config.run.seed
+    fitness = _fitness(inputs, chosen, pool, seed)
+    found = evolve(pool, fitness, search, inputs.work, seed=seed, report=inputs.report)
+    facts = found.facts(pool.labels)
+    coefficients = {name: facts.pop(name) for name in ("ratios", "scales")}
+    return AdapterResult(found.adapter, {**facts, "fitness": chosen.fitness}, coefficients)
+
+
+def _fitness(inputs: AdapterInputs, options: MethodOptions, pool: Pool, seed: int) -> Fitness:
+    from common.language.model import load_causal
+    from common.language.prompts import Template
+    from server.evolution.fitness import AgreementFitness, EntropyFitness, ScoringFitness
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = load_causal(inputs.base, precision=inputs.config.learning.precision, device=device)
+    shared = (lm, inputs.lora, pool, model_digest(inputs.base))
+    if options.fitness == "scoring":
+        return ScoringFitness(*shared, read_samples(Path(options.samples)), options.batch_size)
+    missing = sorted(set(pool.labels) - inputs.catalogs.keys())
+    if missing:
+        raise ConfigError(
+            f"evo-merging: no catalog of domain {missing[0]!r} to make prompts of",
+            next_step="ask its owner for it, or give labelled samples",
+        )
+    instruction = inputs.config.instruction or InstructionSection()
+    template = Template.load(instruction.template)
+    most = min(instruction.max_prompt_tokens, lm.max_tokens // 2)
+    drawn = pseudo_rankings(
+        {label: inputs.catalogs[label] for label in pool.labels},
+        options.prompts,
+        candidates=instruction.candidates,
+        history_items=options.history_items,
+        seed=seed,
+    )
+    rankings = {
+        label: [template.fit(ranking, lm.encode, most) for ranking in own] for label, own in drawn.items()
+    }
+    if options.fitness == "agreement":
+        return AgreementFitness(*shared, template, rankings, options.temperature, options.batch_size)
+    prompts = [template.ranking_prompt(ranking) for own in rankings.values() for ranking in own]
+    return EntropyFitness(*shared, prompts, options.tokens, options.batch_size)
