@@ -1,0 +1,67 @@
+"""`isthmus language`: the owner's `evaluate` and `questions`, and what needs no owner: `pretrain`, `plan`, `study`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.language_cli import app as owners
+from common.console import errors_as_exit
+from common.errors import ConfigError
+
+app = typer.Typer(help="Causal language models: train a small one, measure one, plan a large one.", no_args_is_help=True)
+app.add_typer(owners)
+
+OutOption = Annotated[Path, typer.Option("--out", help="folder of the results; an interrupted one is resumed")]
+
+
+@app.command("pretrain")
+@errors_as_exit()
+def pretrain_command(
+    config: Annotated[Path, typer.Argument(help="a simulation's configuration with [pretraining], TOML")],
+    out: OutOption,
+) -> None:
+    """Train a small causal model from scratch on the domains' public catalogs."""
+    from simulations.language.config import load_language
+    from simulations.language.pretrain import PHASE, pretrain
+    from simulations.study.run import shown
+
+    loaded = load_language(config)
+    with shown(out, PHASE) as report:
+        folder = pretrain(loaded, out, report)
+    typer.echo(f"model: {folder}")
+
+
+@app.command("plan")
+@errors_as_exit()
+def plan_command(
+    config: Annotated[Path, typer.Argument(help="a run's configuration with [lora], TOML")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model, block by block")] = 1,
+    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="memory of each")] = 80.0,
+    tokens: Annotated[int, typer.Option(min=2, help="of an example, answer included")] = 1024,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="of them the answer")] = 64,
+    tflops: Annotated[float, typer.Option(min=0.001, help="sustained by one GPU, in 10^12 a second")] = 300.0,
+    format_name: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+) -> None:
+    """Say what LoRA fine-tuning of a published model needs, without its weights; exit 1 where it does not fit."""
+    from common.config import RunConfig, load_toml
+    from simulations.language.plan import GIB, Batch, largest_batch, make_plan
+
+    if answer_tokens >= tokens:
+        raise ConfigError("--answer-tokens is no part of --tokens", next_step="give fewer")
+    loaded = load_toml(config, RunConfig)
+    plan = make_plan(loaded, Batch(loaded.training.batch_size, tokens, answer_tokens), gpus, tflops)
+    memory_bytes = gpu_memory_gib * GIB
+    fits = max(size for _, size in plan.shards) <= memory_bytes
+    most = largest_batch(loaded, tokens, answer_tokens, gpus, memory_bytes)
+    if format_name == "json":
+        typer.echo(json.dumps({**asdict(plan), "fits": fits, "largest_batch": most}, indent=2))
+    else:
+        for line in plan.lines(fits=fits, gpu_memory_gib=gpu_memory_gib, most=most):
+            typer.echo(line)
+    if not fits:
+        raise typer.Exit(1)
