@@ -14,10 +14,10 @@ import torch
 
 from clients.data.domain import Domain
 from clients.serving import settings_of
+from clients.training.adapters import required_base
 from clients.training.language import load_language
 from common.config import InstructionSection, RunConfig
-from common.errors import ConfigError, DataError, ModelError
-from common.language.adapters import CONFIG_FILE, base_of
+from common.errors import ConfigError, DataError
 from common.language.evaluation import fit
 from common.language.model import CausalLM
 from common.language.prompts import Template
@@ -114,10 +114,4 @@ def _distinct(domain: Domain, items: Sequence[int]) -> list[int]:
 
 
 def _load(model_folder: Path, config: RunConfig) -> CausalLM:
-    base = base_of(model_folder)
-    if base is None:
-        raise ModelError(
-            f"{model_folder / CONFIG_FILE}: its base model is not on this host",
-            next_step="install the base again where it was, or take part in a run with the new place",
-        )
-    return load_language(base, config, model_folder)
+    return load_language(required_base(model_folder), config, model_folder)

@@ -64,7 +64,7 @@ def interpolate(
     config = settings_of(folders["universal"])
     if is_adapter(folders["universal"]) or is_adapter(folders["own"]):
         raise ConfigError(
-            "no personal model is made of a language model's adapters",
+            "no personal model is made of adapters",
             next_step="isthmus client recommend --model own, or --model universal",
         )
     ends = {name: load_tensors(folder) for name, folder in folders.items()}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from common.config import RunConfig, TextSection, validate
 from common.errors import BaseMismatchError, ConfigError, DataError, ModelError
 from common.files import fsync_folder, sha256_bytes, storage_errors, write_atomic
-from common.language.adapters import folder_digest, is_adapter
+from common.language.adapters import folder_digest
 from common.models.base import save_model
 
 if TYPE_CHECKING:
@@ -192,16 +192,16 @@ def recommend(
     model ConfigError for a `k` that is too large.
     """
     chosen = None if candidates is None else _indices(domain, candidates)
-    if is_adapter(model_folder):
+    if settings_of(model_folder).instruction is not None:
         return _recommend_by_language(model_folder, domain, history_item_ids, k, chosen, include_seen)
     import torch
 
+    from clients.training.adapters import load_adapted
     from clients.training.dataset import domain_tokens, recent_first
-    from common.models.encoder import Encoder
 
     text = text or settings_of(model_folder).text
     history = _indices(domain, history_item_ids)
-    encoder = Encoder.load(model_folder, precision="auto")
+    encoder = load_adapted(model_folder, precision="auto")
     tokens = domain_tokens(encoder, domain, text)
     item_IE = _item_embeddings(encoder, tokens, model_folder, cache)
     ids = tokens.history(
@@ -244,7 +244,7 @@ def why(model_folder: Path, domain: Domain, history_item_ids: Sequence[str], ite
 
     Raises ConfigError for another kind of model, DataError for an unknown item.
     """
-    if not is_adapter(model_folder):
+    if settings_of(model_folder).instruction is None:
         raise ConfigError(
             "this model embeds texts and generates none, so it cannot say why",
             next_step="leave --explain out, or take part in a run with a language model",

@@ -25,10 +25,10 @@ def crossing_tensors(base: Path, config: RunConfig) -> dict[str, tuple[int, ...]
             f"{base}: a causal language model is trained to rank by instructions",
             next_step="add the sections [lora] and [instruction], or name an encoder",
         )
-    if not causal and config.lora is not None:
+    if not causal and config.instruction is not None:
         raise ConfigError(
             f"{base}: not a causal language model (its config.json names no ...ForCausalLM)",
-            next_step="name one, or remove [lora] and [instruction]",
+            next_step="name one, or remove [instruction]",
         )
     if config.lora is None:
         return trainable_tensors(base)

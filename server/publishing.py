@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from common.config import EMBEDDED_BASE, InstructionSection, RunConfig
+from common.config import EMBEDDED_BASE, RunConfig
 from common.files import replace_folder, write_atomic
-from common.language.adapters import folder_digest, save_adapter
-from common.language.merged import merge_into_base
+from common.language.adapters import adapted_layers, folder_digest, save_adapter
+from common.language.merged import merge_into_base, merged_weight
 from common.models.base import load_tensors, model_digest, save_model
 from common.vectors import TaskVector, apply
 from server.merge import LEARNED_PAPERS, MergeResult
@@ -77,9 +77,19 @@ def publish_merged(base_folder: Path, result: MergeResult, provenance: Provenanc
 
     Raises as `publish`.
     """
-    if provenance.config.lora is not None:
-        card = _card(_record(base_folder, result, provenance), provenance, merged=True)
-        merge_into_base(base_folder, provenance.config.lora, result.vector, out, card)
+    config = provenance.config
+    if config.lora is None:
+        return
+    card = _card(_record(base_folder, result, provenance), provenance, merged=True)
+    if config.instruction is not None:
+        merge_into_base(base_folder, config.lora, result.vector, out, card)
+        return
+    base = load_tensors(base_folder)
+    tensors = {
+        f"{layer}.weight": merged_weight(base[f"{layer}.weight"], config.lora, result.vector, layer)
+        for layer in adapted_layers(base_folder, config.lora)
+    }
+    save_model(base_folder, tensors, out, readme=card, pooling=config.base.pooling)
 
 
 def _changed(base_folder: Path, vector: TaskVector) -> dict[str, torch.Tensor]:
@@ -135,13 +145,15 @@ def _base_name(config: RunConfig) -> str:
 
 def _card(record: dict[str, Any], provenance: Provenance, *, merged: bool = False) -> str:
     synthetic = [name for name in record["domains"] if name in provenance.synthetic]
-    of_adapters = provenance.config.lora is not None
-    front = _language_front_matter(record, merged) if of_adapters else _front_matter(record, bool(synthetic))
+    config = provenance.config
+    plain = config.lora is None or (
+        merged and config.instruction is None
+    )  # a model for sentence-transformers
     parts = [
-        front,
+        _front_matter(record, bool(synthetic)) if plain else _adapter_front_matter(record, config, merged),
         f"# Universal recommender of run `{record['run']}`",
         _intro(record, synthetic),
-        "## Use\n\n" + (_use_language(provenance.config, merged) if of_adapters else _use(provenance.config)),
+        "## Use\n\n" + (_use(config) if plain else _use_adapter(config, merged)),
         "## Base\n\n" + f"{record['base']['name']}, digest `{record['base']['digest']}`",
         "## Domains\n\n| Domain (pseudonym) | Data | Task vector (SHA-256) |\n|---|---|---|\n"
         + "\n".join(
@@ -164,28 +176,31 @@ def _use(config: RunConfig) -> str:
     )
 
 
-def _use_language(config: RunConfig, merged: bool) -> str:
+def _use_adapter(config: RunConfig, merged: bool) -> str:
     """How the adapter, or the model that it is merged into, is loaded, and what it was trained to answer."""
+    asked, auto = config.instruction, "AutoModel" if config.instruction is None else "AutoModelForCausalLM"
     load = (
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        f'model = {auto}.from_pretrained("path/to/this/folder")\n'
         if merged
         else "from peft import PeftModel\n\n"
-        'base = AutoModelForCausalLM.from_pretrained("the/base/model")\n'
+        f'base = {auto}.from_pretrained("the/base/model")\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
     )
-    asked = config.instruction or InstructionSection()
+    code = f"```python\nfrom transformers import {auto}\n{load}```\n\n"
+    if asked is None:
+        return code + _text_rule(config)
     return (
-        f"```python\nfrom transformers import AutoModelForCausalLM\n{load}```\n\n"
-        f"It ranks {asked.candidates} candidate titles after a history of at most {asked.history_items}; the "
-        f"prompt is Isthmus' template `{asked.template}`."
+        f"{code}It ranks {asked.candidates} candidate titles after a history of at most "
+        f"{asked.history_items}; the prompt is Isthmus' template `{asked.template}`."
     )
 
 
-def _language_front_matter(record: dict[str, Any], merged: bool) -> str:
+def _adapter_front_matter(record: dict[str, Any], config: RunConfig, merged: bool) -> str:
     library = "transformers" if merged else "peft"
     tags = ["recommendation", "sequential-recommendation", "model-merging", "federated", record["method"]]
     tags += [] if merged else ["lora"]
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "license: other", "tags:"]
+    task = "feature-extraction" if config.instruction is None else "text-generation"
+    lines = [f"library_name: {library}", f"pipeline_tag: {task}", "license: other", "tags:"]
     return "\n".join(["---", *lines, *[f"- {tag}" for tag in tags], "---"])
 
 

@@ -26,14 +26,17 @@ from torch import Tensor
 from clients.data.domain import Domain
 from clients.privacy import NO_LIMITS, PrivacyLimits, write_claim
 from clients.training.accounting import NOISE_KEY, PrivacyPlan, plan_privacy
+from clients.training.adapters import AdapterTower, load_adapted
 from clients.training.checkpoint import newest_checkpoint
 from clients.training.dataset import Batch, TrainingBatches, data_digest, domain_tokens
 from clients.training.evaluate import evaluate
 from clients.training.loss import TwoTower
 from clients.training.trainer import BEST_PREFIX, EncoderTrainer, Plan, Validate
 from common.config import RunConfig
+from common.crossing import crossing_tensors
 from common.errors import ModelError
 from common.files import sha256_file, write_atomic
+from common.language.adapters import save_adapter
 from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
 from common.models.encoder import Encoder
 from common.parcels import Privacy
@@ -101,8 +104,8 @@ def fine_tune(
     limits.check(facts, epsilon_spent)
     report(phase="prepare")
     folder.mkdir(parents=True, exist_ok=True)
-    if config.lora is not None:
-        from clients.training.language import fine_tune_adapter  # a language model: peft is large
+    if config.instruction is not None:
+        from clients.training.language import fine_tune_adapter  # peft is large
 
         return fine_tune_adapter(domain, base_folder, config, folder, report, device=device)
     training = config.training
@@ -121,7 +124,7 @@ def fine_tune(
         kind=kind,
     )
     report(phase="write", step=trained.steps, total=training.max_steps)
-    return _write_result(folder, base_folder, config, trained, facts)
+    return write_result(folder, base_folder, config, trained, facts)
 
 
 def _batches(
@@ -168,7 +171,7 @@ def load_encoder(
     others' masks.
     """
     dropout = config.training.dropout if config.privacy.mechanism == "none" else 0.0
-    return Encoder.load(
+    return load_adapted(
         folder,
         pooling=config.base.pooling,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -210,7 +213,11 @@ def train(
     `batches` are of the sort that a trainer of this `kind` takes.
     """
     plan = plan_of(config, max_steps=max_steps, eval_every_steps=eval_every_steps)
-    tower = TwoTower(encoder, set(trainable_tensors(base_folder)), config.training.temperature)
+    tower = (
+        TwoTower(encoder, set(trainable_tensors(base_folder)), config.training.temperature)
+        if config.lora is None
+        else AdapterTower(encoder, base_folder, config)
+    )
     trained = train_tower(kind(tower, batches, validate, plan, folder, report))
     check_frozen(tower, base_folder)
     return trained
@@ -256,30 +263,35 @@ def train_tower(trainer: EncoderTrainer) -> Trained:
 
 def check_frozen(tower: TwoTower, base_folder: Path) -> None:
     """Raise ModelError unless every tensor that must not train is the base's, bit for bit."""
-    now = dict(tower.backbone.named_parameters())
+    now = {  # adapted layers hold the base's tensors one level deeper
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in tower.backbone.named_parameters()
+        if ".lora_" not in name
+    }
     frozen = sorted(set(now) - set(tower.trained_tensors()))
     for name, tensor in load_tensors(base_folder, frozen).items():
         if not torch.equal(now[name].detach().cpu(), tensor):
             raise ModelError(f"frozen tensor {name!r} changed", next_step="do not send this model anywhere")
 
 
-def _write_result(
+def write_result(
     folder: Path, base_folder: Path, config: RunConfig, trained: Trained, facts: Privacy
 ) -> FitResult:
-    base = load_tensors(base_folder)
+    """Write the vector and the model that it gives, codec included; journal them, and clear up.
+
+    Raises VectorError (not finite), StorageError.
+    """
+    codec, lora = config.training.vector_codec, config.lora
     vector_path, model_folder = folder / "vector.safetensors", folder / "model"
-    write_vector(vector_path, subtract(trained.tensors, base), config.training.vector_codec)
-    tau = read_vector(vector_path, trainable_tensors(base_folder), config.training.vector_codec)
-    whole = apply(base, tau)
-    fine_tuned = {name: whole[name] for name in tau}
-    save_model(base_folder, fine_tuned, model_folder, readme=README, pooling=config.base.pooling)
-    return record_result(folder, vector_path, model_folder, trained, facts)
-
-
-def record_result(
-    folder: Path, vector_path: Path, model_folder: Path, trained: Trained, facts: Privacy
-) -> FitResult:
-    """Journal a finished fine-tuning and remove what it went on from. Raises StorageError."""
+    base = load_tensors(base_folder) if lora is None else {}
+    write_vector(vector_path, subtract(trained.tensors, base) if lora is None else trained.tensors, codec)
+    tau = read_vector(vector_path, crossing_tensors(base_folder, config), codec)
+    if lora is None:
+        whole = apply(base, tau)
+        fine_tuned = {name: whole[name] for name in tau}
+        save_model(base_folder, fine_tuned, model_folder, readme=README, pooling=config.base.pooling)
+    else:
+        save_adapter(base_folder, lora, tau, model_folder, README, base_name=str(base_folder))
     result = FitResult(
         vector_path=vector_path,
         vector_sha256=sha256_file(vector_path),

@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 
 from clients.data.domain import Domain
 from clients.data.instructions import rankings_of
-from clients.training.fit import FitResult, Trained, plan_of, record_result, train_tower
+from clients.training.adapters import keep_few_activations
+from clients.training.fit import FitResult, plan_of, train_tower, write_result
 from clients.training.ranking import evaluate_domain
 from clients.training.trainer import EncoderTrainer
 from common.config import InstructionSection, LoraSection, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import ModelError
-from common.language.adapters import Adapter, initial_adapter, load_adapter, save_adapter
+from common.language.adapters import initial_adapter, load_adapter
 from common.language.evaluation import fit
 from common.language.model import CausalLM, load_causal
 from common.language.prompts import Template
@@ -31,12 +32,7 @@ from common.language.records import Ranking
 from common.language.scoring import whole_log_likelihoods
 from common.parcels import Privacy
 from common.progress import Report
-from common.vectors import read_vector, write_vector
 
-README = """# A domain's fine-tuned adapter
-
-Made by Isthmus from private interactions. It stays with its owner: do not publish it.
-"""
 SEEDS_APART = 1_000_003  # between two epochs, whose candidates are drawn anew
 Instructions = dict[str, Any]  # "prompts" and "answers": a list of token ids for each example
 
@@ -144,13 +140,6 @@ class AnswerTower(nn.Module):
         self._lm.set_adapter(tensors)
 
 
-def keep_few_activations(lm: CausalLM) -> None:
-    """Gradient checkpointing: each block's activations are computed again in the backward pass."""
-    model = lm.model  # the method's name since transformers 5.23, and the one before
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def fine_tune_adapter(
     domain: Domain,
     base: Path,
@@ -177,7 +166,7 @@ def fine_tune_adapter(
         )
     lm.set_adapter(initial_adapter(table, config.run.seed))
     if lora.gradient_checkpointing:
-        keep_few_activations(lm)
+        keep_few_activations(lm.model)
 
     def validate() -> dict[str, float]:
         users = config.training.validation_users
@@ -190,14 +179,4 @@ def fine_tune_adapter(
     )
     trained = train_tower(trainer)
     report(phase="write", step=trained.steps, total=training.max_steps)
-    return _write(folder, base, config, trained)
-
-
-def _write(folder: Path, base: Path, config: RunConfig, trained: Trained) -> FitResult:
-    """The vector, and the adapter's folder from the vector as it was written, codec included."""
-    lora, _ = sections(config)
-    vector_path, model_folder = folder / "vector.safetensors", folder / "model"
-    write_vector(vector_path, trained.tensors, config.training.vector_codec)
-    sent: Adapter = read_vector(vector_path, crossing_tensors(base, config), config.training.vector_codec)
-    save_adapter(base, lora, sent, model_folder, README, base_name=str(base))
-    return record_result(folder, vector_path, model_folder, trained, Privacy())
+    return write_result(folder, base, config, trained, Privacy())

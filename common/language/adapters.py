@@ -63,7 +63,10 @@ def adapted_layers(base: Path, lora: LoraSection) -> dict[str, tuple[int, int]]:
     linear = {
         entry.name.removesuffix(".weight"): entry.shape
         for entry in read_entries(base)
-        if len(entry.shape) == 2 and entry.name.endswith(".weight") and entry.dtype in FLOAT_DTYPES
+        if len(entry.shape) == 2
+        and entry.name.endswith(".weight")
+        and entry.dtype in FLOAT_DTYPES
+        and "pooler" not in entry.name.split(".")  # nothing that ranks uses it
     }
     layers: dict[str, tuple[int, int]] = {}
     for module in lora.modules:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 _NOT_COPIED = {".md", ".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
+def merged_weight(
+    weight: torch.Tensor, lora: LoraSection, adapter: Mapping[str, torch.Tensor], layer: str
+) -> torch.Tensor:
+    """`W + alpha / rank * B A` [R, C] of one layer: summed in float32, given in the dtype of `weight`."""
+    B_RK, A_KC = (adapter[f"{PREFIX}{layer}.lora_{letter}.weight"].float() for letter in "BA")
+    return (weight.float() + lora.scaling * B_RK @ A_KC).to(weight.dtype)
+
+
 def merge_into_base(
     base: Path, lora: LoraSection, adapter: Mapping[str, torch.Tensor], folder: Path, readme: str
 ) -> None:
@@ -27,7 +35,6 @@ def merge_into_base(
     Needs memory for the largest file of the base. Raises VectorError where the adapter does not fit,
     StorageError.
     """
-    import torch
     from safetensors.torch import load_file
 
     from common.vectors import save_tensors
@@ -42,10 +49,8 @@ def merge_into_base(
             for file in weight_files(base):
                 tensors = load_file(file)
                 for layer in [name for name in layers if f"{name}.weight" in tensors]:
-                    B_RK, A_KC = (adapter[f"{PREFIX}{layer}.lora_{letter}.weight"].float() for letter in "BA")
                     weight = tensors[f"{layer}.weight"]
-                    merged = weight.to(torch.float32) + lora.scaling * B_RK @ A_KC
-                    tensors[f"{layer}.weight"] = merged.to(weight.dtype)
+                    tensors[f"{layer}.weight"] = merged_weight(weight, lora, adapter, layer)
                 save_tensors(stage / file.name, tensors, metadata={"format": "pt"})
             for beside in base.iterdir():
                 if beside.is_file() and beside.suffix not in _NOT_COPIED:

@@ -36,14 +36,16 @@ _NAME = "default"
 class CausalLM:
     """`model` and `tokenizer`, in evaluation mode.
 
-    `eos_ids` end an answer, the tokenizer's own first; `max_tokens` is how many positions there are.
+    `eos_ids` end an answer, the tokenizer's own first. `max_tokens` is how many positions there are, or how
+    many a sliding window holds: within it, such a layer is like any other.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._peft: Any = None
-        self.max_tokens = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        self.max_tokens = min((int(limit) for limit in limits if limit), default=1 << 30)
         self.eos_ids = _eos_ids(model, tokenizer)
 
     @property
@@ -181,6 +183,12 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
         raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {rows}",
             next_step="use the tokenizer that the model was trained with",
+        )
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ModelError(
+            f"{folder}: layers of kind {min(kinds)!r} keep no keys and values to share among candidates",
+            next_step="use a model of attention layers, such as Qwen2 or Llama",
         )
     model.requires_grad_(False)
     return CausalLM(model.to(device).eval(), tokenizer)

@@ -27,7 +27,8 @@ from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 
 Ids = list[int]
-ROWS_BYTES = 1 << 30  # what the expanded keys and values, and the logits, of answers may take at a time
+ROWS_BYTES = {"cpu": 128 << 20}  # of keys, values and logits that answers take at a time; measured
+_ROWS_BYTES = 1 << 30  # on other devices
 
 
 def candidate_scores(
@@ -63,7 +64,7 @@ def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequen
     rows = [(n, answer) for n, own in enumerate(answers) for answer in own]
     means = torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    at_once = max(1, ROWS_BYTES // run.row_bytes(len(rows[order[-1]][1])))
+    at_once = max(1, ROWS_BYTES.get(lm.device.type, _ROWS_BYTES) // run.row_bytes(len(rows[order[-1]][1])))
     for start in range(0, len(order), at_once):
         chosen = order[start : start + at_once]
         means[chosen] = run.log_likelihoods(
@@ -141,7 +142,9 @@ def yes_no_scores(lm: CausalLM, template: Template, records: Sequence[YesNo], ba
                     f"{template.yes!r} and {template.no!r} begin with the same token",
                     next_step="use a template whose answers differ in their first token",
                 )
-            logits_BV = _Prompts(lm, [lm.encode(prompt) for prompt in prompts]).logits_BV
+            heads = [lm.encode(prompt) for prompt in prompts]
+            _check_lengths(lm, heads, [1] * len(heads))
+            logits_BV = _Prompts(lm, heads).logits_BV
             found.append(logits_BV.gather(1, first_B2).float().softmax(dim=1)[:, 0].cpu())
     return torch.cat(found)
 
@@ -283,12 +286,12 @@ def _some(records: Sequence[Any]) -> None:
 
 
 def _check_lengths(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[int]) -> None:
-    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for prompt, answer in zip(prompts, answers, strict=True):
         if not prompt or not answer:
-            raise DataError(f"prompt {n} or its answer has no tokens", next_step="check the template")
+            raise DataError("a prompt or its answer has no tokens", next_step="check the template")
         if len(prompt) + answer > lm.max_tokens:
             raise DataError(
-                f"prompt {n} and its answer take {len(prompt)} + {answer} tokens, the model has "
+                f"a prompt and its answer take {len(prompt)} + {answer} tokens, the model has "
                 f"{lm.max_tokens} positions",
-                next_step="shorten histories with Template.fit, or use fewer candidates",
+                next_step="allow fewer prompt tokens, use fewer candidates or another model",
             )

@@ -177,3 +177,33 @@ def test_what_cannot_be_is_refused_before_anybody_trains(federation: LocalFedera
         create_run(server, wrong)
     with pytest.raises(ConfigError, match="rank by instructions"):
         create_run(server, RunConfig.model_validate({"base": {"model": str(federation.base)}}))
+
+
+def test_encoders_ship_adapters_too(
+    tmp_path: Path, pico_model: Path, make_domain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from clients.data.domain import Domain
+    from clients.training.adapters import load_adapted
+
+    monkeypatch.setattr(rounds, "Control", partial(Control, sleep_s=0.0))
+    record = language_run(pico_model).model_dump(mode="json", exclude={"instruction", "evaluation"})
+    lora = {"rank": 2, "alpha": 4.0, "modules": ["query", "value"], "publish_merged": True}
+    config = RunConfig.model_validate({**record, "lora": lora, "text": {"max_seq_len": 32}})
+    with LocalFederation(tmp_path, pico_model, make_domain) as federation:
+        run = create_run(federation.server(), config)
+        execute(federation.grid(), federation.server(), run)
+        installed = current(federation.path("toys"))
+    assert installed is not None and installed.name == adapter_digest(run.folder / "model")
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert all(set(found) == {"recall@10", "ndcg@10"} for found in summary["results"]["universal"].values())
+    text = "title: red cup"
+    encoder = load_adapted(installed)
+    z_E = encoder.encode([encoder.tokenizer(text)["input_ids"]])[0]
+    merged = torch.as_tensor(SentenceTransformer(str(run.folder / "merged"), device="cpu").encode(text))
+    assert torch.allclose(z_E, merged, atol=1e-5)
+    domain = Domain.load(federation.folder / "data" / "toys")
+    assert len(recommend(installed, domain, domain.item_ids[:2], 3)) == 3
+    only = recommend(installed, domain, domain.item_ids[:2], 9, candidates=domain.item_ids[3:6])
+    assert {item for item, _, _ in only} == set(domain.item_ids[3:6])

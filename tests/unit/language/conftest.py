@@ -34,7 +34,14 @@ def build_bpe(folder: Path) -> int:
 def build_causal(folder: Path, kind: str = "qwen2", *, seed: int = 0, **overrides: Any) -> Path:
     """Write a tiny Qwen2 or Llama with random weights and its tokenizer, as `save_pretrained` does."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
@@ -45,6 +52,7 @@ def build_causal(folder: Path, kind: str = "qwen2", *, seed: int = 0, **override
     config, model = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
     }[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

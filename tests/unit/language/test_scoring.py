@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from common.config import LoraSection
 from common.errors import DataError
+from common.language.model import load_causal
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import (
@@ -17,6 +20,7 @@ from common.language.scoring import (
     generate,
     yes_no_scores,
 )
+from tests.unit.language.conftest import build_causal
 
 TEMPLATE = Template.load("next")
 LISTING = Template.load("ranking")
@@ -29,6 +33,70 @@ def naive_mean(lm: Any, prompt: list[int], answer: list[int]) -> float:
     logs_TV = logits_TV.double().log_softmax(dim=1)
     steps = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
     return sum(float(logs_TV[t, token]) for t, token in zip(steps, answer, strict=True)) / len(answer)
+
+
+def test_groups_of_answers_change_nothing(
+    lm: Any, rankings: list[Ranking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = candidate_scores(lm, TEMPLATE, rankings)
+    monkeypatch.setattr("common.language.scoring.ROWS_BYTES", {"cpu": 1})
+    for own, one_by_one in zip(every, candidate_scores(lm, TEMPLATE, rankings), strict=True):
+        torch.testing.assert_close(own, one_by_one)
+
+
+def test_a_sliding_window_bounds_the_prompt(tmp_path: Path) -> None:
+    lm = load_causal(build_causal(tmp_path, "mistral", sliding_window=120), precision="fp32")
+    assert lm.max_tokens == 120
+    rankings = [Ranking("u", ("tea",), ("cup", "oak bed"), 0), Ranking("v", (), ("red tea pot", "lamp"), 1)]
+    template = TEMPLATE.model_copy(
+        update={"ranking": TEMPLATE.ranking.model_copy(update={"prompt": "{history}\n{candidates}\n:\n"})}
+    )
+    for ranking, own in zip(rankings, candidate_scores(lm, template, rankings), strict=True):
+        prompt = template.ranking_prompt(ranking)
+        for title, score in zip(ranking.candidates, own.tolist(), strict=True):
+            (answer,) = lm.encode_answers(prompt, [title])
+            assert score == pytest.approx(naive_mean(lm, lm.encode(prompt), answer), abs=1e-4)
+    with pytest.raises(DataError, match="120 positions"):
+        candidate_scores(lm, TEMPLATE, rankings)
+
+
+@pytest.mark.parametrize("name", ["ranking", "next"])
+def test_prompt_and_answer_have_the_tokens_of_the_whole_text(
+    lm: Any, rankings: list[Ranking], name: str
+) -> None:
+    template = Template.load(name)
+    for ranking in rankings[:2]:
+        prompt, answer = template.ranking_prompt(ranking), template.ranking_answer(ranking)
+        (ids,) = lm.encode_answers(prompt, [answer])
+        assert lm.encode(prompt) + ids == [*lm.encode(prompt + answer), lm.eos_ids[0]]
+        (begun,) = lm.encode_answers(prompt, [answer.splitlines()[0]], end=False)
+        assert ids[: len(begun)] == begun
+
+
+def test_a_title_is_text(lm: Any) -> None:
+    ids = lm.encode("tea <end> cup")
+    assert not set(ids) & set(lm.eos_ids)
+    assert lm.decode(ids) == "tea <end> cup"
+
+
+def test_entropies_have_the_gradient_of_the_adapter(lm: Any, rankings: list[Ranking]) -> None:
+    torch.manual_seed(0)
+    lm.attach(LoraSection(rank=2, modules=("v_proj",)))
+    parameters = lm.lora_parameters()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_(std=0.2)
+    prompts = [TEMPLATE.ranking_prompt(ranking) for ranking in rankings]
+    entropy = first_token_entropies(lm, prompts, 3).sum()
+    gradients = torch.autograd.grad(entropy, list(parameters.values()))
+    along = sum(float((gradient**2).sum()) for gradient in gradients)
+    step, values = 1e-3 / along**0.5, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter.add_(gradient, alpha=sign * step)
+            values.append(float(first_token_entropies(lm, prompts, 3).double().sum()))
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(along, rel=0.05)
 
 
 @pytest.mark.parametrize(("batch_size", "template"), [(1, TEMPLATE), (2, LISTING), (8, TEMPLATE)])
