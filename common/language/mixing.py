@@ -60,42 +60,46 @@ class Mixture:
         groups = group_tensors(names, granularity)
         self.groups = list(groups)
         self._group = {name: index for index, members in enumerate(groups.values()) for name in members}
-        self._parts = {
+        parts = {
             name: [adapter[name].detach().to(device, torch.float32) for adapter in adapters.values()]
             for name in names
         }
-        first = next(name for name in names if name.endswith(A_SUFFIX))
-        ranks = [len(part) for part in self._parts[first]]
+        ranks = [len(part) for part in parts[next(name for name in names if name.endswith(A_SUFFIX))]]
         self.rank = ranks[0] if rule == "factors" else sum(ranks)
+        self._stacks: dict[str, Tensor] = {}  # factors: [D, rows, columns]
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}  # product: the A_d below each other; each row's d
+        self._constant: Adapter = {}  # product: the B_d side by side
+        for name, own in parts.items():
+            if rule == "factors":
+                self._stacks[name] = torch.stack(own)
+            elif name.endswith(A_SUFFIX):
+                owner_K = torch.arange(len(own)).repeat_interleave(torch.tensor([len(part) for part in own]))
+                self._rows[name] = torch.cat(own), owner_K.to(device)
+            else:
+                self._constant[name] = torch.cat(own, dim=1)
 
     @torch.no_grad()
     def at(self, weights_GD: Tensor) -> Adapter:
         """The mix at these weights, float32, of rank `self.rank`."""
         weights_GD = self._checked(weights_GD)
-        mixed: Adapter = {}
-        for name, parts in self._parts.items():
-            weights = weights_GD[self._group[name]].tolist()
-            if self.rule == "product" and name.endswith(B_SUFFIX):
-                mixed[name] = torch.cat(parts, dim=1)
-                continue
-            scaled = [weight * part for weight, part in zip(weights, parts, strict=True)]
-            mixed[name] = torch.cat(scaled) if self.rule == "product" else torch.stack(scaled).sum(0)
+        mixed: Adapter = dict(self._constant)
+        for name, stack in self._stacks.items():
+            mixed[name] = torch.tensordot(weights_GD[self._group[name]].to(stack), stack, 1)
+        for name, (rows_KC, owner_K) in self._rows.items():
+            mixed[name] = weights_GD[self._group[name]].to(rows_KC)[owner_K, None] * rows_KC
         return mixed
 
     @torch.no_grad()
     def gradient(self, grads: Mapping[str, Tensor | None]) -> Tensor:
         """`dL/dw` [groups, D] on the CPU from `dL/d(tensor of the mix)`; None where a tensor was not used."""
         result_GD = torch.zeros(len(self.groups), len(self.labels), dtype=torch.float64)
-        for name, parts in self._parts.items():
-            grad = grads[name]
-            if grad is None or (self.rule == "product" and name.endswith(B_SUFFIX)):
-                continue
-            own = [grad] * len(parts)
-            if self.rule == "product":
-                own = list(torch.split(grad, [len(part) for part in parts]))
-            for index, (part, of_part) in enumerate(zip(parts, own, strict=True)):
-                product = (part * of_part.to(part.device, torch.float32)).sum(dtype=torch.float64)
-                result_GD[self._group[name], index] += product.cpu()
+        for name, stack in self._stacks.items():
+            if (grad := grads[name]) is not None:
+                result_GD[self._group[name]] += (stack.flatten(1) @ grad.to(stack).flatten()).double().cpu()
+        for name, (rows_KC, owner_K) in self._rows.items():
+            if (grad := grads[name]) is not None:
+                of_rows_K = (rows_KC * grad.to(rows_KC)).sum(1).double()
+                result_GD[self._group[name]].index_add_(0, owner_K.cpu(), of_rows_K.cpu())
         return result_GD
 
     def _checked(self, weights_GD: Tensor) -> Tensor:
