@@ -1,4 +1,4 @@
-"""`isthmus language`: the owner's `evaluate` and `questions`, and what needs no owner: `pretrain`, `plan`, `study`."""
+"""`isthmus language`: the owner's commands, and what needs no owner: `pretrain`, `plan`, `study`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import typer
 from clients.language_cli import app as owners
 from common.console import errors_as_exit
 from common.errors import ConfigError
+from simulations.seeds import seed_numbers
 
-app = typer.Typer(help="Causal language models: train a small one, measure one, plan a large one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Causal language models: train a small one, measure one, plan a large one.", no_args_is_help=True
+)
 app.add_typer(owners)
 
-OutOption = Annotated[Path, typer.Option("--out", help="folder of the results; an interrupted one is resumed")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="folder of the results; an interrupted one is resumed")
+]
 
 
 @app.command("pretrain")
@@ -47,7 +52,7 @@ def plan_command(
     tflops: Annotated[float, typer.Option(min=0.001, help="sustained by one GPU, in 10^12 a second")] = 300.0,
     format_name: Annotated[str, typer.Option("--format", help="text or json")] = "text",
 ) -> None:
-    """Say what LoRA fine-tuning of a published model needs, without its weights; exit 1 where it does not fit."""
+    """What LoRA fine-tuning of a published model needs, without its weights; exit 1 where it does not fit."""
     from common.config import RunConfig, load_toml
     from simulations.language.plan import GIB, Batch, largest_batch, make_plan
 
@@ -65,3 +70,28 @@ def plan_command(
             typer.echo(line)
     if not fits:
         raise typer.Exit(1)
+
+
+@app.command("study")
+@errors_as_exit()
+def study_command(
+    table: Annotated[str, typer.Argument(help="cocktail or evolution")],
+    config: Annotated[
+        Path, typer.Argument(help="a simulation's configuration with [lora] and [instruction], TOML")
+    ],
+    model: Annotated[
+        Path, typer.Option("--model", help="the folder that `pretrain` made, or another causal model")
+    ],
+    out: OutOption,
+    seeds: Annotated[str, typer.Option(help="each draws its own users")] = "0,1,2",
+) -> None:
+    """Fine-tune adapters, merge and evaluate in this process, and print one table with its spread."""
+    from simulations.language.config import load_language
+    from simulations.language.study import run_language_study
+    from simulations.study.run import shown
+
+    numbers = seed_numbers(seeds)
+    with shown(out) as report:
+        path = run_language_study(table, load_language(config), model, out, numbers, report)
+    typer.echo(path.read_text(encoding="utf-8"))
+    typer.echo(f"table: {path}")

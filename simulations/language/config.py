@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.config import Frozen
+from server.evolution.options import EvolutionOptions
 from simulations.config import SimulationConfig, load_as
 
 
@@ -28,13 +29,17 @@ class PretrainingSection(Frozen):
     candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
     noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
     steps: int = Field(600, ge=1)
-    growth: float = Field(0.6, ge=0, le=1, description="share of the steps after which there are `candidates`")
+    growth: float = Field(
+        0.6, ge=0, le=1, description="share of the steps after which there are `candidates`"
+    )
     prompt_tokens: int = Field(800, ge=64, description="tokens of prompts in a step, about")
     shelf_tokens: int = Field(2000, ge=64, description="tokens of shelves in a step, about")
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
-    held_back: float = Field(0.05, gt=0, lt=1, description="share of every catalog's items that it never sees")
+    held_back: float = Field(
+        0.05, gt=0, lt=1, description="share of every catalog's items that it never sees"
+    )
     held_back_prompts: int = Field(48, ge=1)
     evaluate_every_steps: int = Field(50, ge=1)
     patience: int = Field(5, ge=1, description="evaluations without a lower held-back loss before it stops")
@@ -47,10 +52,35 @@ class PretrainingSection(Frozen):
         return self
 
 
+class TablesSection(Frozen):
+    """What the tables of `isthmus language study` compare. Titles are cut as in pretraining."""
+
+    test_users: int = Field(500, ge=1, description="of a domain and protocol, at most")
+    spirit: str = Field(
+        "factors", description="how the base spirit is merged from the other domains' adapters"
+    )
+    prompts: int = Field(50, ge=2, description="unlabelled prompts that a cocktail's weights are learned on")
+    tokens: int = Field(3, ge=1, description="first answer tokens whose entropy counts")
+    second_round_samples: int = Field(500, ge=2, description="training prompts of the second round")
+    parts: int = Field(
+        20, ge=2, description="disjoint parts of each domain's users; an adapter comes of each"
+    )
+    related: int = Field(8, ge=1, description="adapters of all domains but the last")
+    distractors: int = Field(5, ge=0, description="adapters of the last domain, added to those")
+    pools: tuple[int, ...] = Field((15, 25, 50, 100), description="further sizes, of all domains")
+    samples: int = Field(100, ge=2, description="labelled prompts of the first domain that searches see")
+    evolution: EvolutionOptions = EvolutionOptions()
+    methods: tuple[str, ...] = Field(
+        ("base", "best-adapter", "weight-averaging", "task-arithmetic", "ties", "lorahub", "evo-merging"),
+        description="rows of the evolution table",
+    )
+
+
 class LanguageConfig(SimulationConfig):
-    """A `SimulationConfig` with a `[pretraining]` section."""
+    """A `SimulationConfig` with the sections `[pretraining]` and `[tables]`."""
 
     pretraining: PretrainingSection = PretrainingSection()
+    tables: TablesSection = TablesSection()
 
 
 def load_language(path: Path) -> LanguageConfig:

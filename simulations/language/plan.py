@@ -1,8 +1,8 @@
-"""What fine-tuning a published model takes, without its weights: parameters, memory, shards, time, bytes sent.
+"""What fine-tuning a published model takes, without its weights: memory, shards, time, bytes sent.
 
 The architecture is built on torch's meta device from its configuration as JSON; memory and time are formulas
 over its shapes, for the loop of `clients.training.language`: base weights frozen in bfloat16, A and B with
-their gradients and Adam's two moments in float32, each block's activations computed again in the backward pass.
+their gradients and Adam's two moments in float32, each block's activations computed again going backward.
 
 Bytes a token that one block keeps for its backward pass (h hidden, q width of queries, f intermediate,
 r rank; c bytes an activation, D 5 with dropout on A's input and 4 without):
@@ -11,9 +11,9 @@ r rank; c bytes an activation, D 5 with dropout on A's input and 4 without):
     inputs of each A  D * input width    between A and B   4r for each adapted layer
     MLP               3cf
 
-Frozen weights keep nothing. Checked against what autograd keeps in `tests/unit/simulations/test_language_plan.py`.
-Layers are cut between blocks, which is how a `device_map` shards; one after another, so that k GPUs hold more
-but are no faster than one.
+Frozen weights keep nothing. `tests/unit/simulations/test_language_plan.py` counts what autograd keeps. Layers
+are cut between blocks, as a `device_map` does; they work one after another, so that k GPUs hold more but are
+no faster than one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from common.errors import ConfigError, suggest
 ARCHITECTURES = Path(__file__).parent / "architectures"
 GIB = 2**30
 _ADAM_BYTES = 4 + 4 + 8  # of a trained parameter: itself, its gradient, two moments
-_LOGIT_BYTES = 16  # of an answer token and a word: bf16 twice, float32 for the softmax, its result and gradient
+_LOGIT_BYTES = (
+    16  # of an answer token and a word: bf16 twice, float32 for the softmax, its result and gradient
+)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Widths of one block, and what of it is adapted (`inputs`: the summed input widths of the adapted layers)."""
+    """Widths of one block; `inputs` are the summed input widths of its `adapted` layers."""
 
     hidden: int
     queries: int
@@ -48,17 +50,23 @@ class Shapes:
     inputs: int
 
     def block_bytes(self, lora: LoraSection, activation_bytes: int, mask_bytes: int = 1) -> int:
-        """What one block keeps of one token for its backward pass; dropout's mask is 1 byte on CUDA, 4 on CPU."""
+        """What one block keeps of a token going backward; a dropout mask is 1 byte on CUDA, 4 on CPU."""
         c = activation_bytes
         dropped = 4 + (mask_bytes if lora.dropout else 0)
         norms = 2 * 4 * self.hidden
         attention = c * 4 * self.queries
-        return norms + attention + dropped * self.inputs + 4 * lora.rank * self.adapted + 3 * c * self.intermediate
+        return (
+            norms
+            + attention
+            + dropped * self.inputs
+            + 4 * lora.rank * self.adapted
+            + 3 * c * self.intermediate
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's examples, each of so many tokens, of which the last `answer_tokens` are the answer."""
+    """One step's examples, each of so many tokens, of which the last `answer_tokens` are the answer."""
 
     examples: int
     tokens: int
@@ -85,21 +93,28 @@ class Plan:
         """For people."""
         rows = [
             ("parameters", f"{self.parameters:,}"),
-            ("adapter", f"{self.adapter_parameters:,} numbers, {self.adapter_bytes / 1e6:.1f} MB on the wire"),
+            (
+                "adapter",
+                f"{self.adapter_parameters:,} numbers, {self.adapter_bytes / 1e6:.1f} MB on the wire",
+            ),
             ("weights", _gib(self.weights_bytes)),
             ("A, B, Adam", _gib(self.optimiser_bytes)),
             ("kept activations", _gib(self.kept_bytes)),
             ("one block", _gib(self.block_bytes)),
             ("logits", _gib(self.logits_bytes)),
         ]
-        rows += [(f"GPU {gpu}", f"{blocks} blocks, {_gib(size)}") for gpu, (blocks, size) in enumerate(self.shards)]
+        rows += [
+            (f"GPU {gpu}", f"{blocks} blocks, {_gib(size)}") for gpu, (blocks, size) in enumerate(self.shards)
+        ]
         rows.append(("time", f"{self.seconds / 3600:.1f} hours"))
-        rows.append(("fits", f"{'yes' if fits else 'no'}, in {gpu_memory_gib:g} GiB each; largest batch {most}"))
+        rows.append(
+            ("fits", f"{'yes' if fits else 'no'}, in {gpu_memory_gib:g} GiB each; largest batch {most}")
+        )
         return [f"{self.architecture}", *(f"  {label:18}{text}" for label, text in rows)]
 
 
 def read_architecture(name: str) -> tuple[str, dict[str, Any]]:
-    """The label and configuration of `base.model`: a folder with `config.json`, or one that comes with Isthmus.
+    """Name and configuration of `base.model`: a folder with `config.json`, or one that comes with Isthmus.
 
     Raises ConfigError.
     """
@@ -177,12 +192,18 @@ def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan
     adapter = adapter_parameters(model, lora)
     tokens = batch.examples * batch.tokens
     block = shapes.block_bytes(lora, 2) * tokens
-    kept = (2 * shapes.hidden * tokens) * shapes.layers if lora.gradient_checkpointing else block * (shapes.layers - 1)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr]
+    kept = (
+        (2 * shapes.hidden * tokens) * shapes.layers
+        if lora.gradient_checkpointing
+        else block * (shapes.layers - 1)
+    )
+    vocabulary = int(architecture["vocab_size"])
     logits = batch.examples * batch.answer_tokens * vocabulary * _LOGIT_BYTES
     block_parameters = sum(parameter.numel() for parameter in model.model.layers[0].parameters())  # type: ignore[union-attr,index]
     ends = (parameters - shapes.layers * block_parameters) * 2
     each = 2 * block_parameters + (_ADAM_BYTES * adapter + kept) // shapes.layers
+    last = ends // 2 + max(0, logits - block)
+    flops = _step_flops(shapes, block_parameters, vocabulary, batch, lora)
     return Plan(
         architecture=name,
         parameters=parameters,
@@ -193,15 +214,16 @@ def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan
         kept_bytes=kept,
         block_bytes=block,
         logits_bytes=logits,
-        shards=_shards(shapes.layers, each, (ends - ends // 2, ends // 2 + max(0, logits - block)), block, gpus),
-        seconds=config.training.max_steps * _step_flops(shapes, block_parameters, vocabulary, batch, lora) / tflops / 1e12,
-    )  # fmt: skip
+        shards=_shards(shapes.layers, each, (ends - ends // 2, last), block, gpus),
+        seconds=config.training.max_steps * flops / tflops / 1e12,
+    )
 
 
 def largest_batch(config: RunConfig, tokens: int, answer_tokens: int, gpus: int, memory_bytes: float) -> int:
     """The most examples a step that fit; 0 where not even one does. Memory is linear in the batch."""
     one, two = (
-        max(size for _, size in make_plan(config, Batch(n, tokens, answer_tokens), gpus, 1.0).shards) for n in (1, 2)
+        max(size for _, size in make_plan(config, Batch(n, tokens, answer_tokens), gpus, 1.0).shards)
+        for n in (1, 2)
     )
     return max(0, int((memory_bytes - one) // max(1, two - one)) + 1)
 
@@ -216,6 +238,7 @@ def _shards(layers: int, each: int, ends: tuple[int, int], working: int, gpus: i
     The input embeddings are on the first, the output matrix and the logits on the last; every GPU needs the
     working memory of a block.
     """
+
     def fixed(gpu: int) -> int:
         return working + (ends[0] if gpu == 0 else 0) + (ends[1] if gpu == gpus - 1 else 0)
 
@@ -226,7 +249,9 @@ def _shards(layers: int, each: int, ends: tuple[int, int], working: int, gpus: i
     return [(count, fixed(gpu) + count * each) for gpu, count in enumerate(counts)]
 
 
-def _step_flops(shapes: Shapes, block_parameters: int, vocabulary: int, batch: Batch, lora: LoraSection) -> float:
+def _step_flops(
+    shapes: Shapes, block_parameters: int, vocabulary: int, batch: Batch, lora: LoraSection
+) -> float:
     """Two a parameter and token forward, two for the gradient of activations, two more where recomputed.
 
     Attention is causal: on average half of the positions. The output matrix sees answers only, once each way.

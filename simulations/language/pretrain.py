@@ -5,8 +5,8 @@
     out/metrics.jsonl      one line an evaluation on held-back items
     out/model/             what `AutoModelForCausalLM` and `AutoTokenizer` load
 
-Step s draws its documents from `[seed, s]` and nothing else, and there is no dropout: killed and started again
-it goes on from the newest checkpoint to the same weights.
+Step s draws its documents from `[seed, s]` and nothing else, and there is no dropout: killed and started
+again it goes on from the newest checkpoint to the same weights.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from clients.training.checkpoint import (
     write_checkpoint,
 )
 from common.catalog import Catalog
+from common.digests import json_digest
 from common.errors import ConfigError
 from common.files import replace_folder, write_atomic
 from common.language.prompts import Template
 from common.progress import NO_REPORT, Report
-from common.digests import json_digest
 from simulations.language.config import LanguageConfig, PretrainingSection
 from simulations.language.start import co_occurrence, near_identity
 from simulations.language.text import PseudoUsers, document, lines, split_catalogs
@@ -98,9 +98,13 @@ def pretrain(config: LanguageConfig, out: Path, report: Report = NO_REPORT) -> P
             _append(out / "metrics.jsonl", {**line, "seconds": round(time.monotonic() - started_s, 1)})
         if trainer.step % settings.checkpoint_every_steps == 0 or last or since_best >= settings.patience:
             write_checkpoint(
-                folder, trainer.step, weights=trainer.weights(), optimizer=trainer.optimizer,
-                trainer_state={}, state={"key": key, "step": trainer.step, "best": best, "since_best": since_best},
-            )  # fmt: skip
+                folder,
+                trainer.step,
+                weights=trainer.weights(),
+                optimizer=trainer.optimizer,
+                trainer_state={},
+                state={"key": key, "step": trainer.step, "best": best, "since_best": since_best},
+            )
     trainer.save(out / MODEL, {"key": key, "steps": trainer.step, "held_back_loss": best})
     return out / MODEL
 
@@ -118,12 +122,17 @@ class Pretrainer:
         self._end = int(self.tokenizer.convert_tokens_to_ids(END))
         torch.manual_seed(seed)
         self.model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(settings.architecture, **_architecture(settings, len(self.tokenizer), self._end)),
+            AutoConfig.for_model(
+                settings.architecture, **_architecture(settings, len(self.tokenizer), self._end)
+            ),
             dtype=torch.float32,
         )
         self._begin()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
         )
         self.step = 0
 
@@ -134,7 +143,7 @@ class Pretrainer:
             group["lr"] = self._settings.learning_rate * self._rate()
         self.model.train()
         prompt_loss = self._loss(self._prompts(rng))
-        (prompt_loss + self._loss(self._shelves(rng))).backward()
+        torch.autograd.backward(prompt_loss + self._loss(self._shelves(rng)))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,7 +204,7 @@ class Pretrainer:
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
     def _prompts(self, rng: np.random.Generator) -> list[tuple[Ids, int]]:
-        """Prompts of about `prompt_tokens` tokens in all; the number of candidates is the same within a step."""
+        """Prompts of about `prompt_tokens` tokens in all, with as many candidates each."""
         settings = self._settings
         grown = min(1.0, self.step / max(1.0, settings.growth * settings.steps))
         least = min(_FIRST_CANDIDATES, settings.candidates)
@@ -226,7 +235,9 @@ class Pretrainer:
     def _loss(self, documents: Sequence[tuple[Ids, int]]) -> Tensor:
         hidden_BTE, target_BT = self._run(documents)
         known_BT = target_BT != IGNORED
-        return torch.nn.functional.cross_entropy(self.model.lm_head(hidden_BTE[known_BT]), target_BT[known_BT])
+        return torch.nn.functional.cross_entropy(
+            self.model.lm_head(hidden_BTE[known_BT]), target_BT[known_BT]
+        )
 
     def _run(self, documents: Sequence[tuple[Ids, int]]) -> tuple[Tensor, Tensor]:
         """`(hidden_BTE, target_BT)`: the next token where it is learned, else IGNORED.

@@ -3,7 +3,8 @@
 `co_occurrence` factorises how often tokens share a theme of a catalog (positive pointwise mutual information,
 as in Levy and Goldberg 2014), so that words that go together begin with similar embeddings. `near_identity`
 begins attention where a token looks for similar tokens and hands on what it finds (in the manner of
-Trockman and Kolter 2023, "Mimetic initialization of self-attention layers"). Both leave a plain Llama or Qwen2.
+Trockman and Kolter 2023, "Mimetic initialization of self-attention layers"). The model is a plain Llama or
+Qwen2 all the same.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def near_identity(model: Any) -> None:
     for layer in model.model.layers:
         attention = layer.self_attn
         for projection, amount in (
-            (attention.q_proj, _LOOK), (attention.k_proj, _LOOK), (attention.v_proj, 1.0), (attention.o_proj, _HAND_ON),
-        ):  # fmt: skip
+            (attention.q_proj, _LOOK),
+            (attention.k_proj, _LOOK),
+            (attention.v_proj, 1.0),
+            (attention.o_proj, _HAND_ON),
+        ):
             projection.weight += amount * torch.eye(*projection.weight.shape)

@@ -1,8 +1,8 @@
 """Text to learn a language model from, made of public catalogs alone.
 
-A pseudo-user likes a *theme*: a brand, a category, or a word of titles that a few items of a catalog share. Its
-history and the candidate to name are items of the theme; the other candidates are drawn from the items outside
-it. Two kinds of documents come of it: *shelves*, titles of a theme one after another, in which every token is
+A pseudo-user likes a *theme*: a brand, a category, or a word of titles that a few items of a catalog share.
+Its history and the candidate to name are items of the theme; the other candidates are drawn from outside it.
+Two kinds of documents come of it: *shelves*, titles of a theme one after another, in which every token is
 learned, and *prompts* in the very template of instruction ranking, in which only the answer is. So the model
 learns words, what goes with what, and to copy a candidate that fits a history. Interactions are nowhere read.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from common.catalog import Catalog
 from common.errors import DataError
@@ -22,7 +23,8 @@ from common.language.prompts import Template
 from common.language.records import Ranking, title_key
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_MIN_MEMBERS, _MAX_MEMBERS = 3, 300
+Rows = npt.NDArray[np.int64]
+_MIN_MEMBERS, _MAX_MEMBERS = 2, 300
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Shelf:
     """One domain's titles, and for each theme the rows of its items."""
 
     titles: list[str]
-    themes: list[np.ndarray]
+    themes: list[Rows]
     themes_of: list[list[int]]
 
 
 class PseudoUsers:
-    """Draws pseudo-users from `catalogs`; `title_words` cuts titles. Raises DataError where nothing is shared."""
+    """Draws pseudo-users from `catalogs`, titles cut to `title_words`. Raises DataError without a theme."""
 
     def __init__(self, catalogs: Mapping[str, Catalog], title_words: int) -> None:
         self._shelves = [_shelf(catalog, title_words) for _, catalog in sorted(catalogs.items())]
@@ -85,8 +87,8 @@ class PseudoUsers:
             target=int(np.flatnonzero(order == 0)[0]),
         )
 
-    def _theme(self, rng: np.random.Generator) -> tuple[Shelf, np.ndarray, int]:
-        """A domain by its size, one of its items, one of that item's themes; the theme's rows in any order."""
+    def _theme(self, rng: np.random.Generator) -> tuple[Shelf, Rows, int]:
+        """A domain by its size, one of its items, one of the item's themes; the theme's rows in any order."""
         shelf = self._shelves[rng.choice(len(self._shelves), p=self._weights)]
         while not (own := shelf.themes_of[rng.integers(len(shelf.titles))]):
             pass

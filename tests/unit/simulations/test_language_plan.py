@@ -1,4 +1,4 @@
-"""Plans of published models: their published size, the adapter's table, and memory against what autograd keeps."""
+"""Plans of published models: their published size, the adapter's table, and what autograd keeps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_configuration_has_the_published_size(file: str, parameters: int, adapte
     assert config.lora == LoraSection(rank=16, alpha=32.0, dropout=0.05)
     assert (plan.parameters, plan.adapter_parameters) == (parameters, adapter)
     assert plan.weights_bytes == 2 * parameters and plan.adapter_bytes == 2 * adapter
-    assert sum(blocks for blocks, _ in plan.shards) == build(read_architecture(file)[1]).config.num_hidden_layers
+    assert (
+        sum(blocks for blocks, _ in plan.shards) == build(read_architecture(file)[1]).config.num_hidden_layers
+    )
     sizes = [size for _, size in plan.shards]
     alone = make_plan(config, Batch(8, 1024, 64), gpus=1, tflops=300.0)
     assert max(sizes) < alone.shards[0][1] < sum(sizes)
