@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clients.home import ClientHome
 from clients.policy import NEEDED, EgressPolicy, vector_bytes
+from clients.privacy import Spent, spent
 from clients.training import isolation
 from common.config import RunConfig
 from common.crossing import crossing_tensors
@@ -55,6 +57,11 @@ def explanation(home: ClientHome) -> dict[str, Any]:
         "at_most_a_run": {"bytes": policy.max_run_bytes, "parcels": policy.max_run_parcels},
         "metrics": {"names": _metrics(policy), "min_users": policy.min_users},
         "vector": _vector(home),
+        "privacy": {
+            "demanded": policy.privacy.demanded,
+            **policy.privacy.model_dump(),
+            "spent": dataclasses.asdict(spent(home.journal)),
+        },
         "isolation": {"required": policy.require_isolation, "possible_here": isolation.possible()},
         "limits": list(LIMITS),
     }
@@ -96,7 +103,8 @@ def _vector(home: ClientHome) -> dict[str, Any]:
 
 
 def _with_codec(policy: EgressPolicy, codec: Codec, tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    config = RunConfig.model_validate({"training": {"vector_codec": codec.value}})
+    demanded = {"mechanism": "dp-sgd", "epsilon": 1.0} if policy.privacy.demanded else {}
+    config = RunConfig.model_validate({"training": {"vector_codec": codec.value}, "privacy": demanded})
     try:
         policy.check_run(config, tensors)
     except PolicyError as err:
@@ -131,6 +139,7 @@ def in_words(found: dict[str, Any], path: Path) -> Iterator[str]:
         yield f"metrics: {', '.join(metrics['names'])}; {metrics['min_users']} users or more behind each"
     else:
         yield "metrics: none leave"
+    yield f"differential privacy: {_privacy_in_words(found['privacy'])}"
     isolated = found["isolation"]
     here = "has no network and no keys" if isolated["possible_here"] else "can reach the network and the keys"
     says = (
@@ -142,6 +151,15 @@ def in_words(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield f"the trainer {here} on this host; where it cannot be isolated, this domain {otherwise}"
     yield "\nand still"
     yield from (f"  {line}" for line in found["limits"])
+
+
+def _privacy_in_words(privacy: dict[str, Any]) -> str:
+    left = str(Spent(**privacy["spent"]))
+    if not privacy["demanded"]:
+        return f"not demanded, a vector may leave without it; {left}"
+    limits = {"one vector": privacy["max_epsilon"], "all that ever left": privacy["max_total_epsilon"]}
+    named = [f"epsilon {limit:g} for {what}" for what, limit in limits.items() if limit is not None]
+    return f"at most {' and '.join(named)}, delta {privacy['max_delta']:g}, or no vector leaves; {left}"
 
 
 def _vector_in_words(vector: dict[str, Any]) -> Iterator[str]:

@@ -43,7 +43,6 @@ def rotate(path: Path) -> ClientHome:
 
 def _ask(home: ClientHome, rotation: Rotation) -> None:
     home.gate.release_rotation(rotation)
-    home.keep_rotation(rotation.data)
     with connect(home.config.server.exchange, home.tls.ca, home.tls) as channel:
         try:
             request = pb.RotateRequest(rotation=rotation.data)

@@ -86,7 +86,7 @@ class LedgerHome:
         Safe to repeat after a crash. The ledger was held against its checkpoint just now, which is of the
         old log key and goes away: sign the next one at once.
         """
-        len(self.ledger)
+        self.ledger.refresh()
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         keys = self.path / "keys"
         for name in KEYS:

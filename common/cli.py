@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROUP = "isthmus.commands"
 HELP = {
     "attacks": "attack task vectors: what they leak, and what a poisoned one does",
-    "audit": "prove offline what crossed: bundle, verify, show",
+    "audit": "prove offline what crossed: bundle, verify, report, show, scan",
     "client": "an owner's side: join a federation, serve it, recommend",
     "data": "check and prepare a domain's data",
     "demo": "a whole federation on this machine, on synthetic data",

@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.errors import ConfigError, suggest
 
@@ -55,6 +55,9 @@ class RunSection(Frozen):
     quorum: int = Field(0, ge=0, description="domains that must deliver; 0 means all that were invited")
     deadline_minutes: float = Field(
         24 * 60, gt=0, description="how long each round waits for every domain; then the quorum is enough"
+    )
+    max_norm: float | None = Field(
+        None, gt=0, description="L2 norm that a task vector may have; None: that of the base's own tensors"
     )
 
 
@@ -198,6 +201,14 @@ class LoraSection(Frozen):
         False, description="publish the base with the adapter merged into it, too, in the folder `merged`"
     )
 
+    @field_validator("modules")
+    @classmethod
+    def _check_modules(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for name in modules:
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"{name!r} is not the name of a layer, such as q_proj")
+        return modules
+
     @property
     def scaling(self) -> float:
         """What `B A x` is multiplied by."""
@@ -211,13 +222,20 @@ class InstructionSection(Frozen):
     never had. The answer names the titles, best first.
     """
 
-    template: str = Field("ranking", description="name of a prompt template that comes with Isthmus")
+    template: str = Field(
+        "ranking",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+        description="a prompt template that comes with Isthmus",
+    )
     candidates: int = Field(30, ge=2, le=1000)
     protocol: Literal["warm", "cold"] = Field(
         "warm", description="`cold`: test only on items that no training or validation sequence holds"
     )
     history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
+    prompts_at_once: int = Field(
+        8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"
+    )
     generated_users: int = Field(
         0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"
     )
@@ -328,10 +346,10 @@ ModelT = TypeVar("ModelT", bound=Frozen)
 def load_toml(path: Path, model: type[ModelT]) -> ModelT:
     """Read `path` as `model`. Raises ConfigError naming the file, the key and the nearest known key."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file", next_step="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
     return validate(data, model, where=str(path))
 

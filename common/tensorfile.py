@@ -202,7 +202,7 @@ def as_float32(block: bytes, dtype: str) -> Floats:
     """Values of one block; bf16 is the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(block, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.frombuffer(block, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
+    return np.frombuffer(block, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
 def _read(source: BinaryIO, entry: TensorEntry) -> TensorReading:

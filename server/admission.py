@@ -7,7 +7,8 @@ sender. It opens no file and no socket; `server.intake` does that around it.
 The rules, in order. Before a byte of payload (`check_header`):
 
  1. `malformed`       the envelope is exactly one of ours, and its header keeps the schema
- 2. `unknown-sender`  it is signed by a member's identity key; `revoked` if that member was revoked
+ 2. `unknown-sender`  it is signed by a member's identity key; `revoked` if that member was revoked, and
+                      `rotated` if its owner has replaced the key
  3. `signature`       the signature verifies; nothing of the header is believed before this
  4. `sender`          the header's sender is that member, and the TLS certificate is that member's own
  5. `recipient`       it is addressed to this server
@@ -45,6 +46,8 @@ from common.signing import Sealed
 from server.members import Member
 from server.store import OpenRun
 
+KEY_REPLACED = "signed by a key that its owner has replaced"
+
 
 @dataclass(frozen=True)
 class Known:
@@ -69,7 +72,7 @@ class Admission:
             raise RefusedError(err.message, reason="malformed") from None
         if member is None or member.key.key_id != sealed.key_id:
             raise RefusedError("signed by a key that no member has", reason="unknown-sender")
-        self.check_standing(member)
+        self.check_standing(member, sealed.key_id)
         try:
             return Header.open(sealed, member.key), member
         except SignatureError as err:
@@ -77,10 +80,15 @@ class Admission:
         except ParcelError as err:
             raise RefusedError(err.message, reason="malformed") from None
 
-    def check_standing(self, member: Member | None) -> None:
-        """Rule 2 by itself, for when time has passed since the header was read. Raises RefusedError."""
+    def check_standing(self, member: Member | None, key_id: str) -> None:
+        """Rule 2 by itself, for when time has passed since the header was read: is `key_id` good still?
+
+        Raises RefusedError.
+        """
         if member is None or member.is_revoked:
             raise RefusedError("this member was revoked", reason="revoked")
+        if member.key.key_id != key_id:
+            raise RefusedError(KEY_REPLACED, reason="rotated")
 
     def check_sender(self, header: Header, member: Member, peer_fingerprint: str) -> None:
         """Rule 4: header, key and TLS certificate (SHA-256 of its DER) are one member's."""

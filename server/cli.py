@@ -15,7 +15,7 @@ from common.config import RunConfig, load_toml, validate
 from common.console import progress_bars
 from common.crossing import crossing_tensors
 from common.errors import ConfigError, FederationError
-from common.models.base import model_digest, resolve_base
+from common.models.base import model_digest, resolve_base, trainable_norm
 from common.processes import listens
 from common.progress import read_status
 from common.signing import PublicKey
@@ -237,6 +237,9 @@ def create_run(home: ServerHome, config: RunConfig) -> Run:
     for method in config.merge:
         check_method(method, config)
     base = resolve_base(config.base.model)
+    if config.run.max_norm is None:
+        limited = config.run.model_copy(update={"max_norm": trainable_norm(base)})
+        config = config.model_copy(update={"run": limited})
     members = tuple(m.domain for m in home.members.all() if not m.is_revoked)
     return home.runs.create(
         config,

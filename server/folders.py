@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,9 @@ from common.models.weights import FLOAT_DTYPES, read_weights
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
+_SHARD = r"[\w.-]{1,80}\.safetensors"
+MAX_PATH = 200
+_MODULE = r"([\w-][\w.-]*(/[\w-][\w.-]*)*/?)?"
 FLOATS = frozenset({"F32", "BF16", "F16"})
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.bin")
 # What must not differ between models of one base: it changes what the same weights compute.
@@ -100,6 +104,8 @@ def open_folder(path: Path) -> ModelFolder:
         )
     config_file = str(PurePosixPath(modules[0]) / "config.json")
     config = _read_json(path / config_file) if (path / config_file).is_file() else {}
+    if not isinstance(config, dict):
+        raise ModelError(f"{path / config_file}: is not a JSON object", next_step="obtain the model again")
     return ModelFolder(path, tuple(files), config, modules, config_file)
 
 
@@ -193,11 +199,7 @@ def _modules(path: Path) -> tuple[str, ...]:
     found = []
     for module in modules:
         where = module.get("path") if isinstance(module, dict) else None
-        if (
-            not isinstance(where, str)
-            or PurePosixPath(where).is_absolute()
-            or ".." in PurePosixPath(where).parts
-        ):
+        if not isinstance(where, str) or len(where) > MAX_PATH or not re.fullmatch(_MODULE, where):
             raise ModelError(
                 f"{path / 'modules.json'}: a module's path is not inside the folder",
                 next_step="obtain the model again",
@@ -250,7 +252,7 @@ def _shards(index: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{index}: has no weight_map", next_step="obtain the model again")
     for name, file in shards.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not re.fullmatch(_SHARD, file):
             raise ModelError(
                 f"{index}: tensor {name!r} is not in a safetensors file of this folder",
                 next_step="save the model as safetensors (save_pretrained does)",

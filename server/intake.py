@@ -22,7 +22,7 @@ from common.ledger import Crossing, Entry, Ledger
 from common.parcels import SERVER, Header, Kind, Receipt
 from common.payloads import PayloadFacts, inspect
 from common.signing import Sealed, SigningKey
-from server.admission import Admission, Known
+from server.admission import KEY_REPLACED, Admission, Known
 from server.members import Member, Members
 from server.store import OpenRun, ParcelStore
 
@@ -167,7 +167,7 @@ class Intake:
             key_id = ""
         signer = self.members.by_key_id(key_id)
         if signer is None and self.members.has_retired(key_id):
-            raise RefusedError("signed by a key that its owner has replaced", reason="rotated")
+            raise RefusedError(KEY_REPLACED, reason="rotated")
         header, member = self._admission.read_header(envelope, signer)
         self._admission.check_sender(header, member, peer_fingerprint)
         return header, member
@@ -223,9 +223,10 @@ class Intake:
             self.store.forget_spool(digest)
             raise self.refuse(upload.envelope, header, err.reason, err.message, final=True) from None
         self.store.keep_payload(digest, header.payload_digest)
-        with self.store.journal.locked(), self.ledger.locked():  # nobody is revoked between check and entry
+        key_id = Sealed.parse(upload.envelope).key_id
+        with self.store.journal.locked(), self.ledger.locked():  # no key changes between check and entry
             try:
-                self._admission.check_standing(self.members.get(header.sender))
+                self._admission.check_standing(self.members.get(header.sender), key_id)
                 self._admission.check_header(header, digest, self._known(header, digest))
             except RefusedError as err:
                 self.store.forget_spool(digest)

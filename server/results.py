@@ -102,11 +102,41 @@ def summarise(
             }
             for result in merged
         },
-        "published": {"label": spec.config.publish, "folder": "model", **(published or {})},
+        "published": {
+            "label": spec.config.publish,
+            "folder": "model",
+            **(published or {}),
+            "owners_say": owners_say(results, [result.label for result in merged], spec.config.publish),
+        },
         "vectors": _read_json(run.folder / VECTORS),
         "crossings": crossings(home, spec.run_id),
         "seconds": _phase_seconds(run),
         "processes": _read_json(home.path / "processes.json"),
+    }
+
+
+def owners_say(results: Table, labels: Sequence[str], published: str) -> dict[str, Any] | None:
+    """Whether the metrics that owners allowed confirm the merge that was published.
+
+    `average`: NDCG, normalised (fine-tuned = 100), of each merge over the domains that measured all of them;
+    `best` of these, by how many points the published merge is `behind` it, and the domains whose own model
+    it is below. None where nothing can be compared.
+    """
+    scaled = tables(results)["normalised"]
+    metric = next((name for row in scaled.values() for d in row.values() for name in d if "ndcg" in name), "")
+    rows = {label: scaled.get(label, {}) for label in labels}
+    domains = [d for d in rows.get(published, {}) if all(metric in row.get(d, {}) for row in rows.values())]
+    if not domains:
+        return None
+    average = {label: sum(row[d][metric] for d in domains) / len(domains) for label, row in rows.items()}
+    best = max(average, key=lambda label: (average[label], label == published))
+    return {
+        "metric": metric,
+        "domains": len(domains),
+        "average": average,
+        "best": best,
+        "behind": average[best] - average[published],
+        "below_own": [domain for domain in domains if rows[published][domain][metric] < 100.0],
     }
 
 

@@ -104,6 +104,7 @@ def open_run(run: Run, **changes: Any) -> OpenRun:
         "tensors": {name: tuple(shape) for name, shape in run.spec.tensors.items()},
         "rounds": ROUND[INSTALL] + 1,
         "metrics": frozenset(run_metrics(run.spec.config)),
+        "max_norm": run.spec.config.run.max_norm,
     }
     return OpenRun(**{**facts, **changes})
 

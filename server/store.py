@@ -38,7 +38,7 @@ class OpenRun(BaseModel):
     kinds: frozenset[Kind] = frozenset({Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS})
     rounds: int = Field(1, ge=1, description="rounds 0 to rounds-1 are open")
     metrics: frozenset[str] = Field(frozenset(), description="metric names that may be sent")
-    max_norm: float = Field(1000.0, gt=0, description="L2 norm of a task vector, all tensors together")
+    max_norm: float = Field(gt=0, description="L2 norm of a task vector, all tensors together")
     max_payload_bytes: int = Field(4 << 30, ge=1)
     quota_bytes: int = Field(16 << 30, ge=1, description="payload bytes of one domain in this run")
     quota_parcels: int = Field(64, ge=1, description="parcels of one domain in this run")

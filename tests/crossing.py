@@ -90,6 +90,7 @@ class Shore:
                 tensors=self.tensors,
                 rounds=3,
                 metrics=frozenset({"recall@10", "ndcg@10"}),
+                max_norm=1000.0,
             )
         )
 
@@ -192,8 +193,7 @@ def make_bundle(path: Path, shore: Shore, owners: list[Owner]) -> tuple[Bundle, 
     """Everything of these shores for an auditor, and the root that says whose keys count."""
     made = Bundle(path, create=True)
     for name, party in ((SERVER, shore), *((owner.domain, owner) for owner in owners)):
-        signer = Signer(log_origin(name, party.log_key.public), party.log_key)
-        made.put_ledger(name, Ledger(party.ledger.path), signer)
+        made.put_ledger(name, Ledger(party.ledger.path), make_signer(name, party.log_key))
     for stored in shore.store.records():
         made.put_envelopes([shore.store.read_bytes(stored.digest)])
         made.put_payload(stored.payload_digest, shore.store.object_path(stored.payload_digest))
@@ -201,6 +201,16 @@ def make_bundle(path: Path, shore: Shore, owners: list[Owner]) -> tuple[Bundle, 
         outbox = owner.home / "outbox"
         made.put_envelopes(path.read_bytes() for path in outbox.glob("*.dsse"))
         made.put_receipts(path.read_bytes() for path in outbox.glob("*.receipt"))
+    return made, make_root(shore, owners)
+
+
+def make_signer(shore: str, key: SigningKey) -> Signer:
+    """Signs the checkpoints of a shore."""
+    return Signer(log_origin(shore, key.public), key)
+
+
+def make_root(shore: Shore, owners: list[Owner]) -> Root:
+    """Whose keys count."""
     members = [
         RootMember(
             domain=owner.domain,
@@ -211,7 +221,7 @@ def make_bundle(path: Path, shore: Shore, owners: list[Owner]) -> tuple[Bundle, 
         )
         for owner in sorted(owners, key=lambda owner: owner.domain)
     ]
-    root = Root(
+    return Root(
         version=1,
         created_s=1,
         expires_s=2**40,
@@ -221,7 +231,6 @@ def make_bundle(path: Path, shore: Shore, owners: list[Owner]) -> tuple[Bundle, 
         witnesses=(),
         members=tuple(members),
     )
-    return made, root
 
 
 def in_thread(call: object) -> threading.Thread:

@@ -248,6 +248,16 @@ class LocalFederation:
         owners = {number: self.path(domain) for number, domain in enumerate(self.domains, 1)}
         return LocalGrid(owners, self.fab, intercept)
 
+    def killed_after(self, action: str) -> Intercept:
+        """The owner has done `action`, but its reply is lost with the server."""
+
+        def intercept(domain: str, asked: str, message: Message) -> None:
+            if asked == action:
+                call_owner(self.path(domain), message, self.fab)
+                raise KilledError
+
+        return intercept
+
     def delivered(self, run: Run) -> list[tuple[str, int, str]]:
         """(domain, round, kind) of every admitted parcel, sorted."""
         found = self.server().store.find(run=run.spec.run_id)

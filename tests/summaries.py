@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from server.results import tables
+from server.results import owners_say, tables
 
 MARKED = "norm:layer-3"
 DOMAINS = ("kitchen", "music", "toys")
@@ -103,6 +103,7 @@ def make_summary() -> dict[str, Any]:
             "model_digest": "12" * 32,
             "folder": "model",
             "parcel": "34" * 32,
+            "owners_say": owners_say(results, LABELS, "mergerec-layer"),
         },
         "vectors": {
             "vectors": {

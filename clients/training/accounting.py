@@ -3,7 +3,8 @@
 The mechanism is the subsampled Gaussian one, once a step: each user takes part with probability `rate`,
 alone, adds a vector of L2 norm at most `clip`, and noise of standard deviation `noise * clip` is added to the
 sum. Opacus' Renyi accountant turns it into (epsilon, delta) for one user more or less (Mironov et al., "Renyi
-differential privacy of the sampled Gaussian mechanism", 2019).
+differential privacy of the sampled Gaussian mechanism", 2019). `rate` counts the users by the bucket that the
+vector's header publishes, never exactly.
 """
 
 from __future__ import annotations

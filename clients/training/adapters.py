@@ -33,7 +33,7 @@ class AdapterTower(TwoTower):
         lora = config.lora or LoraSection()
         super().__init__(encoder, set(), config.training.temperature)
         wrapped = get_peft_model(  # puts the layers into the encoder's own model
-            encoder.model,  # type: ignore[arg-type]
+            encoder.model,
             LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
                 lora_dropout=lora.dropout, target_modules=list(lora.modules), task_type="FEATURE_EXTRACTION",

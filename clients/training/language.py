@@ -127,9 +127,14 @@ class AnswerTower(nn.Module):
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(id(parameter) in trains)
 
-    def forward(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Tensor]:
-        """`{"loss": scalar}`: the mean over examples of the negative log-likelihood a token of the answer."""
-        return {"loss": -whole_log_likelihoods(self._lm, prompts, answers).mean()}
+    def forward(
+        self, prompts: list[list[int]], answers: list[list[int]], of: int | None = None
+    ) -> dict[str, Tensor]:
+        """`{"loss": scalar}`: the negative log-likelihood a token of each answer, summed over the examples.
+
+        Divided by `of`, the examples of the whole step (None: these are all).
+        """
+        return {"loss": -whole_log_likelihoods(self._lm, prompts, answers).sum() / (of or len(prompts))}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """A and B by the names under which they cross (not copied)."""
@@ -138,6 +143,23 @@ class AnswerTower(nn.Module):
     def load_trained(self, tensors: dict[str, Tensor]) -> None:
         """Put `trained_tensors` of an earlier moment back in place."""
         self._lm.set_adapter(tensors)
+
+
+class AnswerTrainer(EncoderTrainer):
+    """`EncoderTrainer` that takes a step's examples `prompts_at_once` at a time."""
+
+    prompts_at_once = 8
+
+    def training_step(self, model: nn.Module, inputs: Instructions, num_items_in_batch: Any = None) -> Tensor:
+        """Add up the gradients of the step's parts; returns the mean loss of the step."""
+        size, total = len(inputs["prompts"]), torch.zeros((), device=self.args.device)
+        for start in range(0, size, self.prompts_at_once):
+            part: Instructions = {
+                key: rows[start : start + self.prompts_at_once] for key, rows in inputs.items()
+            }
+            total += super().training_step(model, {**part, "of": size}, num_items_in_batch)
+        self.last_loss = float(total)
+        return total
 
 
 def fine_tune_adapter(
@@ -154,7 +176,7 @@ def fine_tune_adapter(
     Every owner of a run begins with the same A. Raises ModelError where the model's layers are not those that
     the run names, or the loss is not finite; DataError, VectorError, StorageError.
     """
-    lora, _ = sections(config)
+    lora, section = sections(config)
     table = crossing_tensors(base, config)
     lm = load_language(base, config, device=device)
     shapes = {name: tuple(parameter.shape) for name, parameter in lm.lora_parameters().items()}
@@ -164,7 +186,6 @@ def fine_tune_adapter(
             f"{base}: the loaded model and its file disagree about {name!r}",
             next_step="load it with AutoModelForCausalLM and save it again with save_pretrained",
         )
-    lm.set_adapter(initial_adapter(table, config.run.seed))
     if lora.gradient_checkpointing:
         keep_few_activations(lm.model)
 
@@ -174,9 +195,10 @@ def fine_tune_adapter(
 
     training = config.training
     plan = plan_of(config, max_steps=training.max_steps, eval_every_steps=training.eval_every_steps)
-    trainer = EncoderTrainer(
+    trainer = AnswerTrainer(
         AnswerTower(lm), InstructionBatches(lm, domain, config), validate, plan, folder, report
     )
+    trainer.prompts_at_once = section.prompts_at_once
     trained = train_tower(trainer)
     report(phase="write", step=trained.steps, total=training.max_steps)
     return write_result(folder, base, config, trained, Privacy())

@@ -65,7 +65,6 @@ def _fit(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     record = dataclasses.asdict(fitted)
     result: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in record.items()}
     result["users"] = len(trained_on.user_ids)
-    result["examples_digest"] = data_digest(domain, job.config.text)
     result["evaluations"] = {}
     for label, folder in ((ZERO_SHOT, base), (FINE_TUNED, fitted.model_folder)):
         if job.evaluate_after_fit:

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.audit.bundle import Bundle
+from common.audit.outcome import AuditReport, DomainReport, Tally
 from common.audit.scan import MISSES, Scan, Scanner, read_canaries
-from common.audit.verify import AuditReport, DomainReport, Tally, verify
+from common.audit.verify import verify
 from common.audit.words import withdrawn
 from common.console import progress_bars
 from common.errors import ConfigError, LedgerError

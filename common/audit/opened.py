@@ -10,8 +10,8 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from common.audit.outcome import AuditReport
 from common.audit.timeline import moment, named
-from common.audit.verify import AuditReport
 from common.audit.words import KINDS
 from common.ledger import Crossing
 from common.pages import Html, columns, count, cut, facts, join, listed, row, size, table, tag

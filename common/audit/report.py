@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.audit.opened import opened
+from common.audit.outcome import LIMITS, AuditReport, DomainReport, Tally
 from common.audit.timeline import LATEST_S, Dot, Lane, moment, named, timeline
-from common.audit.verify import LIMITS, AuditReport, DomainReport, Tally
 from common.audit.words import GLOSSARY, KINDS, MEANINGS, withdrawn
 from common.ledger import Crossing
 from common.pages import (

@@ -22,7 +22,16 @@ from typing import Any, NamedTuple, TypeVar
 
 from common import canonical, merkle
 from common.audit.bundle import Bundle
-from common.audit.scan import MISSES
+from common.audit.outcome import (
+    LIMITS,
+    AuditReport,
+    Cosigned,
+    DomainReport,
+    Evidence,
+    Finding,
+    ShoreReport,
+    Tally,
+)
 from common.audit.withdrawals import NOT_MERGED, Withdrawn, accepted_after, withdrawals
 from common.errors import IsthmusError, LedgerError, ParcelError, SignatureError
 from common.files import sha256_bytes
@@ -39,104 +48,8 @@ FROM_A_DOMAIN = frozenset(
     {Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.FITNESS, Kind.REVOCATION}
 )
 FROM_THE_SERVER = frozenset({Kind.CANDIDATE, Kind.UNIVERSAL_MODEL, Kind.REVOCATION})
-LIMITS = (
-    "that nothing left by another way: traffic that never passed the gate is in no ledger",
-    "what a task vector or a metric says about the data behind it: neither is anonymous",
-    "what control messages said: they are recorded by digest and size",
-    f"that allowed bytes hide nothing: no scan of the traffic finds {MISSES}",
-)
 S = TypeVar("S", bound=Statement)
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that must not be, at entry `index` of the ledger of `shore` (-1: not at one entry)."""
-
-    shore: str
-    index: int
-    code: str
-    reason: str
-
-
-@dataclass
-class Tally:
-    """How many messages of one kind, and their bytes, payloads included."""
-
-    count: int = 0
-    bytes: int = 0
-
-
-@dataclass
-class DomainReport:
-    """The verdict on one domain. `sent` and `received` are seen from the domain."""
-
-    domain: str
-    pseudonym: str
-    signer: str
-    sent: dict[str, Tally] = field(default_factory=dict)
-    received: dict[str, Tally] = field(default_factory=dict)
-    privacy: list[dict[str, int | str]] = field(default_factory=list)
-    unacknowledged: list[dict[str, int | str]] = field(default_factory=list)
-    withdrawn: list[dict[str, int | str]] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    not_proven: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Cosigned:
-    """Up to which size a shore or `witness/NAME` saw a ledger grow, and when, by its own clock."""
-
-    size: int
-    time_s: int
-
-
-@dataclass
-class ShoreReport:
-    """One ledger: how long it is, its root, how much of it a signed checkpoint covers, who cosigned it."""
-
-    shore: str
-    entries: int
-    root: str
-    checkpoint_size: int
-    origin: str
-    cosigned: dict[str, Cosigned] = field(default_factory=dict)
-
-
-@dataclass
-class Evidence:
-    """What was read on the way: each ledger up to its first damaged entry, and what its entries speak of.
-
-    Headers and receipts, by the digest of their envelopes, are those that verified. `payloads` says, by the
-    digest in a verified header, what is wrong with the payload: nothing, or "absent" from the bundle.
-    """
-
-    crossings: dict[str, list[Crossing]] = field(default_factory=dict)
-    headers: dict[str, Header] = field(default_factory=dict)
-    receipts: dict[str, Receipt] = field(default_factory=dict)
-    payloads: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class AuditReport:
-    """What `verify` found. `findings` are those of no single domain."""
-
-    root_version: int
-    shores: list[ShoreReport]
-    domains: list[DomainReport]
-    findings: list[Finding]
-    evidence: Evidence = field(default_factory=Evidence)
-
-    @property
-    def all_findings(self) -> list[Finding]:
-        """Every finding, ledger by ledger, the first bad entry of each first."""
-        found = [*self.findings, *(finding for domain in self.domains for finding in domain.findings)]
-        return sorted(found, key=lambda finding: (finding.shore, finding.index))
-
-    @property
-    def clean(self) -> bool:
-        """Whether there is no finding."""
-        return not self.all_findings
 
 
 class _Parcel(NamedTuple):
@@ -269,7 +182,7 @@ class _Audit:
             self._find(log.shore, -1, "checkpoint", err.message)
             return
         if self._is_of(log, checkpoint):
-            log.covered = max(log.covered, checkpoint.size)
+            log.covered = checkpoint.size
 
     def _opened_checkpoint(self, note: str) -> tuple[str, Checkpoint]:
         """Whose ledger it is of, by today's log key or an earlier one. Raises LedgerError, SignatureError."""
@@ -294,8 +207,7 @@ class _Audit:
 
     def _check_notes(self, logs: dict[str, _Log]) -> None:
         """Cosigned checkpoints, whoever kept them, must be of the ledgers in the bundle."""
-        cosigners = [(shore, verifier) for shore, verifier in self._logs.values()]
-        cosigners += [(witness.peer, witness.verifier) for witness in self._root.witnesses]
+        cosigners = [*self._logs.values(), *((one.peer, one.verifier) for one in self._root.witnesses)]
         for text in self._bundle.notes():
             try:
                 shore, checkpoint = self._opened_checkpoint(text)
@@ -305,9 +217,10 @@ class _Audit:
             log = logs.get(shore)
             if log is None or not self._is_of(log, checkpoint):
                 continue
+            note = Note.parse(text)
             for name, verifier in cosigners:
                 with contextlib.suppress(SignatureError):
-                    seen = Cosigned(checkpoint.size, Note.parse(text).cosigned_by(verifier))
+                    seen = Cosigned(checkpoint.size, note.cosigned_by(verifier))
                     log.cosigned[name] = max(log.cosigned.get(name, seen), seen, key=lambda one: one.size)
 
     def _check_witnessed(self, log: _Log) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from common.config import EMBEDDED_BASE
 from common.errors import ModelError, StorageError, VectorError
 from common.files import replace_folder
 from common.models.weights import FLOAT_DTYPES, WeightEntry, read_weights, tensor_table
+from common.tensorfile import as_float32
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +123,19 @@ def trainable_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
         and not _POOLER.search(entry.name)
         and not (entry.shape and entry.shape[0] == vocabulary)
     }
+
+
+def trainable_norm(folder: Path) -> float:
+    """The L2 norm of all trainable tensors together, read one by one. Raises ModelError."""
+    names = trainable_tensors(folder)
+    squares = 0.0
+    with (folder / WEIGHTS).open("rb") as file:
+        for entry in read_entries(folder):
+            if entry.name in names:
+                file.seek(entry.start)
+                values = as_float32(file.read(entry.end - entry.start), entry.dtype)
+                squares += float(np.square(values, dtype=np.float64).sum())
+    return math.sqrt(squares)
 
 
 def is_table(name: str) -> bool:

@@ -76,7 +76,7 @@ def submit(
 
 
 def ask_witnesses(home: LedgerHome, release: Release, roots: Sequence[SignedRoot] = ()) -> None:
-    """Have every witness of `home` cosign its ledger; one that cannot be reached is logged and left.
+    """Have every witness of `home` cosign its ledger; a witness without an answer of use is logged.
 
     `roots` are brought to a witness first that does not know them yet. Raises LedgerError when a witness
     cosigned another history of this ledger.
@@ -86,9 +86,9 @@ def ask_witnesses(home: LedgerHome, release: Release, roots: Sequence[SignedRoot
             with connect_to(card.address, card.ca_certificate.encode()) as channel:
                 _bring_up_to_date(channel, roots)
                 submit(home, channel, card.in_root.verifier, card.in_root.peer, release)
-        except LedgerError:
-            raise
         except IsthmusError as err:
+            if isinstance(err, LedgerError) and not isinstance(err, ProofError):
+                raise
             log.warning("witness %s did not cosign: %s", card.name, err.message)
 
 

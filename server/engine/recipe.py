@@ -75,12 +75,12 @@ def read_recipe(path: Path, out: Path | None = None) -> Recipe:
     import tomllib
 
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe", next_step="check the path") from None
     except OSError as err:
         raise ConfigError(f"{path}: cannot be read: {err.strerror}", next_step="check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: not valid TOML: {err}", next_step="mend that line") from None
     return make_recipe(data, where=str(path), folder=path.resolve().parent, out=out)
 

@@ -97,6 +97,6 @@ def _option(pair: str, where: str) -> tuple[str, float | int | str | bool]:
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a word
     return key, value if isinstance(value, int | float | str | bool) else text

@@ -43,7 +43,23 @@ def results(summary: Json) -> Html:
         "A mean is over the domains that returned the figure. One seed: small differences may be chance."
     )
     tables = [join(tag("h3", metric_name(name)), _metric_table(summary, name)) for name in names]
-    return join(tag("p", note, class_="soft"), *tables)
+    return join(_owners_say(part(summary, "published")), tag("p", note, class_="soft"), *tables)
+
+
+def _owners_say(published: Json) -> Html:
+    """Whether the owners' metrics confirm what was published, in a sentence."""
+    said, label = part(published, "owners_say"), str(published.get("label", "?"))
+    average = part(said, "average")
+    if len(average) < 2:
+        return join()
+    best, behind = str(said.get("best")), said.get("behind")
+    over = f"of {len(average)} merges over {said.get('domains')} domains"
+    verdict = f"{label}, which was published, is the best {over}" if best == label else (
+        f"{best} is the best {over}; {label}, which was published, is {number(behind, 1)} points behind"
+    )  # fmt: skip
+    below = ", ".join(str(name) for name in said.get("below_own", []))
+    own = f" It is below the own model of {below}: isthmus client interpolate." if below else ""
+    return tag("p", f"By the owners' own {metric_name(str(said.get('metric')))}, {verdict}.{own}")
 
 
 def _metric_table(summary: Json, metric: str) -> Html:

@@ -9,8 +9,9 @@ Victims are users of each domain that nobody fine-tuned on, ranking the catalog 
 the attacker's two items. Harm is a lower NDCG@k of what they look for; a backdoor succeeds with a victim
 whose history, the trigger item newest in it, puts the target among the first k.
 
-The defence is what the server has: the norm bound of admission, once as it is by default and once as tight
-as an operator who knows the usual norm would set it. A refused vector is left out of the merge.
+The defence is what the server has: the norm bound of admission, once as it is by default (the base's own
+norm) and once as tight as an operator who knows the usual norm would set it. A refused vector is left out
+of the merge.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from clients.data.domain import Domain
 from common.config import MergeMethod
 from common.errors import RefusedError
 from common.metrics import ndcg_at_k
+from common.models.base import trainable_norm
 from common.parcels import SERVER, Codec, Kind, draft
 from common.payloads import inspect
 from common.vectors import TaskVector, write_vector
@@ -66,7 +68,8 @@ def attack_models(lab: Lab) -> list[Row]:
     vectors = {CLEAN: own, "sign-flipped": scaled(own, -1)}
     vectors |= {f"scaled x{factor:g}": scaled(own, factor) for factor in config.attacks.scales}
     vectors |= {"backdoor": backdoor, f"backdoor x{len(taus)}": scaled(backdoor, len(taus))}
-    bound = TIGHT * float(np.median([norm_of(tau) for tau in taus.values()]))
+    bound = lab.run.run.max_norm or trainable_norm(lab.base)
+    tight = TIGHT * float(np.median([norm_of(tau) for tau in taus.values()]))
     victims = {name: _victims(lab, name) for name in taus}
     rows = []
     attempts: dict[str, TaskVector | None] = {**vectors, LEFT_OUT: None}
@@ -78,10 +81,10 @@ def attack_models(lab: Lab) -> list[Row]:
         merged = _merged(lab, method, {**taus, attacker: vector})
         facts: Row = {"norm": None, "admitted": None, "admitted_tight": None}
         if vector is not None:
-            facts = {"norm": norm_of(vector), "admitted": admitted(lab, vector)}
-            facts["admitted_tight"] = admitted(lab, vector, bound)
+            facts = {"norm": norm_of(vector), "admitted": admitted(lab, vector, bound)}
+            facts["admitted_tight"] = admitted(lab, vector, tight)
         rows.append(
-            {"method": method.label, "attack": attack, **facts, "bound_tight": bound}
+            {"method": method.label, "attack": attack, **facts, "bound": bound, "bound_tight": tight}
             | _felt(lab, merged, victims, trap)
         )
     return rows
@@ -127,11 +130,11 @@ def triggered(domain: Domain, trap: Trap) -> Domain:
     )
 
 
-def admitted(lab: Lab, vector: TaskVector, max_norm: float | None = None) -> bool:
+def admitted(lab: Lab, vector: TaskVector, max_norm: float) -> bool:
     """Whether the server's admission takes the vector, written and read as it would be."""
     run = OpenRun(
         run=RUN, base_digest=lab.base_digest, domains=frozenset({"attacker"}), tensors=dict(lab.tensors),
-        **({} if max_norm is None else {"max_norm": max_norm}),
+        max_norm=max_norm,
     )  # fmt: skip
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "vector.safetensors"
@@ -190,8 +193,9 @@ def _with_items(domain: Domain, texts: Sequence[Mapping[str, str]]) -> Domain:
 def poisoning_table(rows: Sequence[Row]) -> str:
     """The rows as Markdown; NDCG x 100, the mean of the domains in the last column."""
     names = list(rows[0]["ndcg"])
-    head = ["method", "attack", "norm", f"admitted ({OpenRun.model_fields['max_norm'].default:g})"]
-    head += [f"admitted ({rows[0]['bound_tight']:.1f})", *names, "mean", "target shown"]
+    row = rows[0]
+    head = ["method", "attack", "norm", f"admitted ({row['bound']:.1f})"]
+    head += [f"admitted ({row['bound_tight']:.1f})", *names, "mean", "target shown"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["method"], row["attack"], "" if row["norm"] is None else f"{row['norm']:.2f}"]

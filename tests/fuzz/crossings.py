@@ -22,7 +22,7 @@ from common.tls import make_csr
 from common.wire import exchange_pb2 as pb
 from common.wire.enrolment import EnrolmentFacts
 from common.wire.link import connect
-from fuzz.decoders import Decoder, Make
+from fuzz.decoders import DECODERS, Decoder, Make
 from server.exchange import serve_enrolment
 
 SERVICE = "/isthmus.exchange.v1"
@@ -80,7 +80,7 @@ def _part(glob: str) -> Make:
     return make
 
 
-DECODERS: dict[str, Make] = {
+DECODERS |= {
     "bundle-ledger": _part("shores/server/ledger.jsonl"),
     "bundle-checkpoint": _part("shores/server/checkpoint"),
     "bundle-envelope": _part("parcels/*"),

@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 from clients.data import readers
 from clients.data.domain import Domain
 from clients.data.records import KINDS, Issues
-from fuzz.decoders import Decoder, Make, encoded
-
-DECODERS: dict[str, Make] = {}
+from fuzz.decoders import DECODERS, Decoder, Make, encoded
 
 
 def _rows(separator: str, *rows: tuple[str, ...]) -> bytes:

@@ -8,6 +8,7 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,13 +16,15 @@ from crossing import BASE, RUN, Owner, Shore, make_bundle, make_vector
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from safetensors.numpy import save
 
 from clients.data import readers
 from clients.data.domain import Domain
 from clients.data.records import KINDS, Issues
 from common.audit.verify import verify
 from common.catalog import Catalog
-from common.errors import ConfigError, DataError, ParcelError, VectorError
+from common.config import RunConfig, load_toml
+from common.errors import ConfigError, DataError, ModelError, ParcelError, VectorError
 from common.kit import read_kit
 from common.orders import PAYLOAD_TYPE, Order
 from common.signing import SigningKey, seal
@@ -30,6 +33,8 @@ from common.tls import create_ca, sign_csr
 from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.link import connect
+from server.engine.recipe import read_recipe
+from server.folders import open_folder
 
 KEY = SigningKey(bytes(32))
 
@@ -192,3 +197,29 @@ def test_a_bundle_with_something_else_under_a_name(tmp_path: Path, glob: str, pu
         with target.open("wb") as sparse:
             sparse.truncate(1 << 40)
     assert not verify(bundle, root).clean
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = 2024-13-40T00:00:00", "a = 1\rb = 2"])
+def test_toml_that_breaks_its_parser(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.toml").write_text(text, newline="")
+    for read in (read_recipe, lambda path: load_toml(path, RunConfig)):
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            read(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("modules.json", b'[{"path":"a\\u0000b"}]'),
+        ("model.safetensors.index.json", b'{"weight_map":{"a":"%s.safetensors"}}' % (b"a" * 999)),
+        ("model.safetensors.index.json", b'{"weight_map":{"a":"a\\u0000.safetensors"}}'),
+    ],
+)
+def test_a_model_folder_with_strange_names(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(save({"a": np.zeros(2, np.float32)}))
+    open_folder(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError):
+        open_folder(tmp_path)

@@ -10,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crossing import RUN, Owner, Shore, make_catalog, make_metrics, make_vector
+from crossing import (
+    ROOT_KEY,
+    RUN,
+    Owner,
+    Shore,
+    make_bundle,
+    make_catalog,
+    make_metrics,
+    make_root,
+    make_signer,
+    make_vector,
+)
 from typer.testing import CliRunner
 
 from common.audit.bundle import Bundle
 from common.audit.cli import app
-from common.audit.verify import AuditReport, _Audit, _Parcel, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import _Audit, _Parcel, verify
 from common.errors import RefusedError
 from common.files import sha256_bytes
 from common.ledger import Crossing, Ledger
 from common.notes import Signer
 from common.parcels import EVERYONE, SERVER, Codec, Kind, Privacy, seal_parcel
 from common.revocation import Revocation
-from common.roots import Party, Root, RootMember, SignedRoot, log_origin
+from common.roots import Root, SignedRoot
 from common.signing import SigningKey
-
-ROOT_KEY = SigningKey(b"root" * 8)
 
 
 class World:
@@ -69,45 +79,11 @@ class World:
     def owners(self) -> list[Owner]:
         return [self.toys, self.beauty]
 
-    def root(self) -> Root:
-        members = [
-            RootMember(
-                domain=owner.domain,
-                pseudonym=owner.member.pseudonym,
-                identity_key=owner.key.public.hex,
-                log_key=owner.log_key.public.hex,
-                certificate_fingerprint=owner.member.certificate_fingerprint,
-            )
-            for owner in sorted(self.owners(), key=lambda owner: owner.domain)
-        ]
-        return Root(
-            version=1,
-            created_s=1,
-            expires_s=2,
-            threshold=1,
-            root_keys=(ROOT_KEY.public.hex,),
-            server=Party(identity_key=self.shore.key.public.hex, log_key=self.shore.log_key.public.hex),
-            witnesses=(),
-            members=tuple(members),
-        )
-
     def bundle(self, path: Path) -> Bundle:
-        made = Bundle(path, create=True)
-        made.put_ledger(SERVER, self.shore.ledger, _signer(SERVER, self.shore.log_key))
-        store = self.shore.store
-        for stored in store.records():
-            made.put_envelopes([store.read_bytes(stored.digest)])
-            made.put_payload(stored.payload_digest, store.object_path(stored.payload_digest))
-        for owner in self.owners():
-            made.put_ledger(owner.domain, owner.ledger, _signer(owner.domain, owner.log_key))
-            outbox = owner.home / "outbox"
-            made.put_envelopes(path.read_bytes() for path in outbox.glob("*.dsse"))
-            made.put_receipts(path.read_bytes() for path in outbox.glob("*.receipt"))
-        return made
+        return make_bundle(path, self.shore, self.owners())[0]
 
-
-def _signer(shore: str, key: SigningKey) -> Signer:
-    return Signer(log_origin(shore, key.public), key)
+    def root(self) -> Root:
+        return make_root(self.shore, self.owners())
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +116,7 @@ def _write(bundle: Bundle, shore: str, bodies: list[dict[str, Any]], signer: Sig
 
 def _own_signer(world: World, shore: str) -> Signer:
     keys = {SERVER: world.shore.log_key, "toys": world.toys.log_key, "beauty": world.beauty.log_key}
-    return _signer(shore, keys[shore])
+    return make_signer(shore, keys[shore])
 
 
 def _index(bodies: list[dict[str, Any]], **wanted: str) -> int:
@@ -366,7 +342,7 @@ def test_a_header_signed_with_another_key_shows(world: World, bundle: Bundle) ->
 
 
 def test_a_checkpoint_signed_with_another_key_shows(world: World, bundle: Bundle) -> None:
-    bundle.put_ledger("toys", world.toys.ledger, _signer("toys", SigningKey(b"s" * 32)))
+    bundle.put_ledger("toys", world.toys.ledger, make_signer("toys", SigningKey(b"s" * 32)))
     assert _codes(verify(bundle, world.root()), "toys") == {"checkpoint"}
     (bundle.path / "shores" / "toys" / "checkpoint").unlink()
     assert _codes(verify(bundle, world.root()), "toys") == {"no-checkpoint"}

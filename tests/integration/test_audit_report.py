@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from common.audit.bundle import Bundle
 from common.audit.cli import app
 from common.audit.opened import MOST_TENSORS
+from common.audit.outcome import LIMITS
 from common.audit.report import MOST_FINDINGS, MOST_KINDS, render
-from common.audit.verify import LIMITS, verify
+from common.audit.verify import verify
 from common.audit.words import GLOSSARY, KINDS, MEANINGS
 from common.ledger import Crossing
 from common.pages import DASH

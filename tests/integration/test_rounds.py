@@ -33,7 +33,7 @@ from clients.serving import current
 from clients.training.job import ReleaseLimit
 from common.errors import FederationError, GateError, IsthmusError
 from common.ledger import Ledger
-from common.models.base import model_digest
+from common.models.base import model_digest, trainable_norm
 from common.orders import CONTRIBUTE, Order
 from common.parcels import Kind
 from common.signing import SigningKey, seal
@@ -164,14 +164,8 @@ def test_a_server_killed_in_every_phase_asks_nothing_twice_and_publishes_the_sam
     for name, options in [*SERVER_DEATHS, ("", {})]:
         grid = federation.grid()
         with monkeypatch.context() as patch:
-            if name in ACTIONS:  # the first owner has done it, but its reply is lost with the server
-
-                def die(domain: str, action: str, message: Message, now: str = name) -> None:
-                    if action == now:
-                        call_owner(federation.path(domain), message, federation.fab)
-                        raise KilledError
-
-                grid.intercept = die
+            if name in ACTIONS:
+                grid.intercept = federation.killed_after(name)
             elif name:
                 patch.setattr(name, dying(resolve(name), **options))
             with pytest.raises(KilledError) if name else nullcontext():
@@ -279,6 +273,15 @@ def test_a_refusal_is_final_and_the_quorum_goes_on(federation: LocalFederation) 
     assert (summary["domains"]["toys"]["delivered"], summary["domains"]["toys"]["lost"]) == (False, "policy")
     assert summary["domains"]["books"]["delivered"]
     assert set(summary["results"]["universal"]) == {"books"}
+
+
+def test_a_vector_beyond_the_runs_norm_is_refused(federation: LocalFederation) -> None:
+    base = trainable_norm(federation.base)
+    assert federation.run().spec.config.run.max_norm == base
+    run = federation.run(max_norm=1e-9 * base)
+    with pytest.raises(FederationError, match="norm"):
+        execute(federation.grid(), federation.server(), run)
+    assert {stored[2] for stored in federation.delivered(run)} == {"catalog", "domain-card"}
 
 
 def test_below_the_quorum_the_run_fails_and_names_who_and_why(federation: LocalFederation) -> None:

@@ -18,7 +18,6 @@ from flwr.app import Message
 from localgrid import (
     KilledError,
     LocalFederation,
-    call_owner,
     dying,
     pico_run_config,
     resolve,
@@ -32,7 +31,8 @@ from clients.exchange_client import ExchangeClient
 from clients.export import export as export_owner
 from clients.serving import current
 from common.audit.bundle import Bundle
-from common.audit.verify import AuditReport, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import verify
 from common.audit.withdrawals import NOT_MERGED
 from common.errors import FederationError, RefusedError
 from common.ledger import Ledger
@@ -369,14 +369,8 @@ def test_killed_at_every_step_it_ends_the_same(
     for name, options in [*DEATHS, ("", {})]:
         grid = federation.grid()
         with monkeypatch.context() as patch:
-            if name in ("revoke", "install"):  # the owner has done it, but its reply is lost with the server
-
-                def die(domain: str, action: str, message: Message, now: str = name) -> None:
-                    if action == now:
-                        call_owner(federation.path(domain), message, federation.fab)
-                        raise KilledError
-
-                grid.intercept = die
+            if name in ("revoke", "install"):
+                grid.intercept = federation.killed_after(name)
             elif name:
                 patch.setattr(name, dying(resolve(name), **options))
             with pytest.raises(KilledError) if name else nullcontext():

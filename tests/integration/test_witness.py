@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from clients.cosigning import exchange_checkpoints
 from common.audit.bundle import Bundle
 from common.audit.cli import app as audit_command
-from common.audit.verify import AuditReport, verify
+from common.audit.outcome import AuditReport
+from common.audit.verify import verify
 from common.checkpoints import LedgerHome
+from common.cosigning import Cosigner
 from common.errors import LedgerError, ParcelError, ProofError, SignatureError
 from common.ledger import Crossing, Ledger, walk
 from common.merkle import leaf_hash, verify_consistency, verify_inclusion
@@ -26,6 +28,7 @@ from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.link import connect
 from common.witness.cli import app as witness_command
+from common.witness.client import ask_witnesses
 from common.witness.home import WitnessHome
 from common.witness.up import serve
 from server.cli import app as server_command
@@ -186,7 +189,7 @@ def test_a_domain_and_the_server_together_are_told_by_the_witness(world: World) 
         shutil.rmtree(home.path / "cosigned")
     shutil.rmtree(world.federation.path("books") / "cosigned")  # and the other domain lost what it had
     alone = world.audit("without", witnessed=False)
-    assert {code for _, code in _codes(alone)} <= {"unwitnessed", "truncated", "rewritten"}
+    assert _codes(alone) == {("toys", "unwitnessed"), (SERVER, "unwitnessed")}
     codes = _codes(world.audit("bundle"))
     assert codes & {("toys", "truncated"), ("toys", "rewritten")}
     assert codes & {(SERVER, "truncated"), (SERVER, "rewritten")}
@@ -202,6 +205,21 @@ def test_the_server_and_the_witness_together_are_told_by_the_domains(world: Worl
     codes = _codes(world.audit("bundle"))
     assert codes & {(SERVER, "truncated"), (SERVER, "rewritten")}
     assert ("toys", "never-sent") in codes
+
+
+@pytest.mark.parametrize("answer", ["", "no note", "of-another-tree"])
+def test_a_witness_that_answers_nonsense_stops_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answer: str
+) -> None:
+    home = world.federation.owner("toys")
+    before = home.cosigned_path("witness/w1.example").read_text("utf-8")
+    nonsense = before if answer == "of-another-tree" else answer
+    monkeypatch.setattr(Cosigner, "cosign", lambda *_: nonsense)
+    world.talk()
+    with caplog.at_level("WARNING"):
+        ask_witnesses(home, home.gate.release_checkpoint)
+    assert "witness w1.example did not cosign" in caplog.text
+    assert home.cosigned_path("witness/w1.example").read_text("utf-8") == before
 
 
 def test_a_ledger_that_no_witness_saw_is_a_finding(world: World) -> None:

@@ -55,6 +55,15 @@ def test_report_shows_every_row_domain_and_digest(tmp_path: Path) -> None:
     assert sum(name == "polyline" for name, _ in found.tags) == 2 * (len(DOMAINS) + 1)
 
 
+def test_the_owners_word_on_what_was_published(tmp_path: Path) -> None:
+    summary = make_summary()
+    label = summary["published"]["label"]
+    summary["published"]["owners_say"] |= {"best": "ties", "behind": 1.25, "below_own": ["toys"]}
+    text = page(tmp_path, summary).text
+    assert "ties is the best of 4 merges over" in text
+    assert f"{label}, which was published, is 1.2 points behind. It is below the own model of toys" in text
+
+
 def test_vectors_that_stand_out_and_merges_without_them(tmp_path: Path) -> None:
     summary = make_summary()
     summary["domains"]["toys"]["withdrawn"] = "three-shops-withdrawal-9"

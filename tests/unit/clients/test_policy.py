@@ -123,6 +123,7 @@ def test_explained_in_words(tmp_path: Path, pico_model: Path) -> None:
         "ndcg@1, valid-answers; 200 users or more",
         "8,589,934,592 bytes in 9 parcels",
         "embedding tables",
+        "differential privacy: not demanded, a vector may leave without it; no task vector has left",
         "anything else becomes the code `error`",
         "has no network" if isolation.possible() else "can reach the network",
     ):
@@ -134,9 +135,10 @@ def test_what_is_refused_is_explained(tmp_path: Path, pico_model: Path) -> None:
     path = home(
         tmp_path / "home", pico_model,
         kinds=["domain-card", "task-vector"], training_facts=["steps"], deny_tensors=["*.bias"],
-        require_isolation=True,
+        require_isolation=True, privacy={"max_epsilon": 4.0},
     )  # fmt: skip
     said = explain(path)
+    assert "differential privacy: at most epsilon 4 for one vector, delta 1e-05, or no vector leaves" in said
     assert "not catalog: every run is refused" in said
     assert "metrics: none leave" in said
     assert "this domain refuses to train" in said
@@ -146,6 +148,13 @@ def test_what_is_refused_is_explained(tmp_path: Path, pico_model: Path) -> None:
     assert "catalog" in found["vector"]["codecs"]["bf16"]["refused"]
     assert found["policy"] == read_policy(path).model_dump(mode="json")
     assert found["isolation"] == {"required": True, "possible_here": isolation.possible()}
+
+
+def test_a_demand_for_privacy_refuses_no_vector_of_a_private_run(tmp_path: Path, pico_model: Path) -> None:
+    path = home(tmp_path / "home", pico_model, privacy={"max_total_epsilon": 10.0})
+    found = json.loads(explain(path, "--format", "json"))
+    assert found["privacy"]["demanded"]
+    assert {codec["refused"] for codec in found["vector"]["codecs"].values()} == {""}
 
 
 def test_a_home_without_a_policy_is_told_how_to_write_one(tmp_path: Path, pico_model: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.config import LoraSection
+from common.config import LoraSection, RunConfig, validate
 from common.errors import ConfigError, ModelError, VectorError
 from common.language.adapters import (
     CONFIG_FILE,
@@ -149,6 +149,19 @@ def test_another_base_is_refused_by_name(
 def test_modules_that_cannot_be(tiny_causal: Path, modules: tuple[str, ...], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         adapter_tensors(tiny_causal, LORA.model_copy(update={"modules": modules}))
+
+
+def test_what_a_run_names_is_no_path_and_no_pattern() -> None:
+    for section, key, value in (
+        ("instruction", "template", "/home/owner/private.toml"),
+        ("instruction", "template", "../other"),
+        ("lora", "modules", [".*"]),
+        ("lora", "modules", []),
+    ):
+        data: dict[str, Any] = {"lora": {}, "instruction": {}}
+        data[section] = {key: value}
+        with pytest.raises(ConfigError, match=f"{section}.{key}"):
+            validate(data, RunConfig, where="run.toml")
 
 
 def test_an_output_layer_is_never_adapted(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from common.models.base import (
     read_pooling,
     resolve_base,
     save_model,
+    trainable_norm,
     trainable_tensors,
 )
 from common.models.encoder import Encoder
@@ -165,3 +166,12 @@ def test_a_checkpoint_with_other_names_is_refused(make_pico: Callable[..., Path]
     save_file({f"bert.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="save_pretrained"):
         Encoder.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_what_trains(pico_model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(pico_model).items()}
+    shutil.copytree(pico_model, tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    found = torch.cat([tensors[name].double().flatten() for name in trainable_tensors(pico_model)])
+    assert trainable_norm(tmp_path / "model") == pytest.approx(float(found.norm()), rel=1e-6)

@@ -15,6 +15,7 @@ from common.errors import RefusedError, StorageError, TransportError
 from common.files import sha256_bytes
 from common.parcels import SERVER, Codec, Header, Kind, Parcel, Receipt, seal_parcel
 from common.revocation import Revocation
+from common.rotation import Rotation
 from common.signing import Sealed, SigningKey
 from server.intake import SignedRefusalError, Upload
 from server.store import OpenRun
@@ -184,6 +185,21 @@ def test_who_is_revoked_during_an_upload_is_not_heard_to_the_end(shore: Shore, t
     assert caught.value.reason == "revoked"
     assert shore.store.find(sender="toys") == []
     assert [entry.body["verdict"] for entry in shore.ledger if entry.body["type"] == "parcel"] == ["revoked"]
+
+
+def test_a_key_that_is_replaced_during_an_upload_signs_nothing_more(shore: Shore, toys: Owner) -> None:
+    parcel = toys.vector()
+    begun = shore.intake.begin(parcel.envelope, toys.member.certificate_fingerprint)
+    assert not isinstance(begun, bytes)
+    begun.write(parcel.payload.read_bytes())
+    rotation = Rotation.make("toys", toys.key, SigningKey(b"n" * 32), SigningKey(b"l" * 32).public)
+    shore.members.rotate(rotation.keys, ledger_size=len(shore.ledger))
+    with pytest.raises(SignedRefusalError) as caught:
+        begun.finish()
+    begun.close()
+    assert caught.value.reason == "rotated"
+    assert shore.store.find(sender="toys") == []
+    assert [entry.body["verdict"] for entry in shore.ledger if entry.body["type"] == "parcel"] == ["rotated"]
 
 
 def test_garbage_is_refused_by_name(shore: Shore, toys: Owner) -> None:
@@ -399,7 +415,9 @@ def test_every_changed_byte_of_an_envelope_is_refused(shore: Shore, toys: Owner)
 def test_open_run_in_another_process_is_seen(shore: Shore, toys: Owner) -> None:
     before = shore.store.run("later")
     shore.restart()
-    shore.store.open_run(OpenRun(run="later", base_digest="0" * 64, domains=frozenset(), tensors={}))
+    shore.store.open_run(
+        OpenRun(run="later", base_digest="0" * 64, domains=frozenset(), tensors={}, max_norm=9.0)
+    )
     assert before is None
     assert toys.shore.store.run("later") is not None
     assert Header.stored(toys.vector().envelope).created_s <= time.time()

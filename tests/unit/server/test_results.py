@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.results import save, tables
+from server.results import owners_say, save, tables
 
 RESULTS = {
     "fine-tuned": {"toys": {"ndcg@10": 0.2, "recall@10": 0.0}, "books": {"ndcg@10": 0.4}},
@@ -27,6 +27,24 @@ def test_fine_tuned_is_a_hundred() -> None:
 
 def test_no_metrics_no_rows() -> None:
     assert tables({}) == {"results": {}, "normalised": {}, "average": {}}
+
+
+def test_owners_confirm_what_was_published_or_do_not() -> None:
+    results = {
+        "fine-tuned": {name: {"ndcg@10": 0.2} for name in ("toys", "books", "tea")},
+        "ties": {"toys": {"ndcg@10": 0.22}, "books": {"ndcg@10": 0.18}},
+        "auto": {"toys": {"ndcg@10": 0.21}, "books": {"ndcg@10": 0.21}, "tea": {"ndcg@10": 0.1}},
+    }
+    said = owners_say(results, ["ties", "auto"], "auto")
+    assert said is not None
+    assert said["average"] == pytest.approx({"ties": 100.0, "auto": 105.0})
+    assert (said["best"], said["behind"], said["domains"], said["below_own"]) == ("auto", 0.0, 2, [])
+    said = owners_say(results, ["ties", "auto"], "ties")
+    assert said is not None
+    assert said["behind"] == pytest.approx(5.0)
+    assert said["below_own"] == ["books"]
+    assert owners_say({}, ["ties"], "ties") is None
+    assert owners_say({"ties": results["ties"]}, ["ties"], "ties") is None  # nobody has a model to compare
 
 
 def test_three_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

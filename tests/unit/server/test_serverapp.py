@@ -33,6 +33,7 @@ def run(tmp_path: Path, store: ParcelStore, monkeypatch: pytest.MonkeyPatch) -> 
             tensors={},
             rounds=3,
             metrics=frozenset(),
+            max_norm=1.0,
         )
     )
     home = SimpleNamespace(runs=runs, store=store)

@@ -153,9 +153,8 @@ def test_a_backdoor_that_was_learned_is_measured(lab: Lab) -> None:
 
 def test_the_norm_bound_is_that_of_admission(lab: Lab) -> None:
     tau = lab.fine_tuned(lab.halves("beds").trained_on)
-    assert admitted(lab, tau)
-    assert not admitted(lab, scaled(tau, 2000 / norm_of(tau)))
-    assert not admitted(lab, tau, norm_of(tau) / 2)
+    assert admitted(lab, tau, 1.01 * norm_of(tau))
+    assert not admitted(lab, scaled(tau, 2), 1.99 * norm_of(tau))
 
 
 def test_all_tables_and_again_from_what_is_there(

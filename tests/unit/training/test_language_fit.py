@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from common.language.adapters import initial_adapter, load_adapter
 from common.language.prompts import Template
 from common.vectors import read_vector
 from tests.unit.language.conftest import build_causal
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_causal(tmp_path_factory.mktemp("causal") / "qwen2")
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
@@ -78,33 +84,44 @@ def test_the_vector_is_the_adapter_and_the_folder_loads_in_peft(
             assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
 
 
-def test_training_learns_the_answers(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
+def test_training_learns_the_answers(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
     config = language_config(max_steps=12, eval_every_steps=12, learning_rate=2e-2)
-    result = fine_tune(pico_domain, causal, config, tmp_path)
-    lm = load_language(causal, config, device="cpu")
+    result = fine_tune(pico_domain, qwen2, config, tmp_path)
+    lm = load_language(qwen2, config, device="cpu")
     batch = InstructionBatches(lm, pico_domain, config)[0]
     tower = AnswerTower(lm).eval()
     with torch.no_grad():
         before = tower(**batch)["loss"]
-        wear(lm, causal, config, result.model_folder)
+        wear(lm, qwen2, config, result.model_folder)
         assert tower(**batch)["loss"] < before - 0.3
 
 
+def test_a_base_in_bfloat16_has_adapters_in_float32(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    config = language_config(precision="bf16", max_steps=2, eval_every_steps=2)
+    lm = load_language(qwen2, config, device="cpu")
+    kinds = {".lora_" in name: parameter.dtype for name, parameter in lm.model.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    result = fine_tune(pico_domain, qwen2, config, tmp_path)
+    sent = load_file(result.vector_path)
+    first = initial_adapter(crossing_tensors(qwen2, config), config.run.seed)
+    assert all(tensor.isfinite().all() and not torch.equal(tensor, first[n]) for n, tensor in sent.items())
+
+
 def test_a_kill_changes_no_bit(
-    causal: Path, pico_domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qwen2: Path, pico_domain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = language_config(), EncoderTrainer.training_step
-    smooth = fine_tune(pico_domain, causal, config, tmp_path / "smooth")
+    config, real = language_config(max_steps=4, eval_every_steps=2), EncoderTrainer.training_step
+    smooth = fine_tune(pico_domain, qwen2, config, tmp_path / "smooth")
 
     def dying(self: EncoderTrainer, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step == 5:
+        if self.state.global_step == 3:
             raise KeyboardInterrupt
         return real(self, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(EncoderTrainer, "training_step", dying)
-        fine_tune(pico_domain, causal, config, tmp_path / "killed")
-    resumed = fine_tune(pico_domain, causal, config, tmp_path / "killed")
+        fine_tune(pico_domain, qwen2, config, tmp_path / "killed")
+    resumed = fine_tune(pico_domain, qwen2, config, tmp_path / "killed")
     assert resumed.resumed
     assert resumed.vector_sha256 == smooth.vector_sha256
 
@@ -127,11 +144,28 @@ def test_only_answers_count_and_only_adapters_train(causal: Path, pico_domain: A
     assert "### Answer" not in lm.decode(answer)
 
 
-def test_checkpointing_gives_the_same_gradient(causal: Path, pico_domain: Any) -> None:
+def test_parts_of_a_step_give_the_gradient_of_the_step(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    found = []
+    for at_once in (4, 3):
+        config = language_config(max_steps=1, eval_every_steps=1, warmup_steps=0)
+        assert config.instruction is not None and config.lora is not None
+        instruction = config.instruction.model_copy(update={"prompts_at_once": at_once})
+        lora = config.lora.model_copy(update={"dropout": 0.0})
+        config = config.model_copy(update={"instruction": instruction, "lora": lora})
+        result = fine_tune(pico_domain, qwen2, config, tmp_path / str(at_once))
+        (line, *_) = (result.vector_path.parent / "metrics.jsonl").read_text().splitlines()
+        found.append((load_file(result.vector_path), json.loads(line)["loss"]))
+    (whole, loss), (parts, same_loss) = found
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    close = [torch.isclose(whole[name], parts[name], atol=1e-5).float().mean() for name in whole]
+    assert min(close) > 0.95  # Adam's first step is a sign: values near zero may turn
+
+
+def test_checkpointing_gives_the_same_gradient(qwen2: Path, pico_domain: Any) -> None:
     config = language_config()
     gradients = []
     for checkpointing in (False, True):
-        lm = load_language(causal, config, device="cpu")
+        lm = load_language(qwen2, config, device="cpu")
         if checkpointing:
             keep_few_activations(lm.model)
         tower = AnswerTower(lm)
@@ -146,43 +180,43 @@ def test_checkpointing_gives_the_same_gradient(causal: Path, pico_domain: Any) -
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
 
 
-def test_every_owner_begins_with_the_same_a(causal: Path) -> None:
-    table = crossing_tensors(causal, language_config())
+def test_every_owner_begins_with_the_same_a(qwen2: Path) -> None:
+    table = crossing_tensors(qwen2, language_config())
     first, again, other = (initial_adapter(table, seed) for seed in (0, 0, 1))
     for name in table:
         assert torch.equal(first[name], again[name])
         assert torch.equal(first[name], other[name]) == (".lora_B." in name)
 
 
-def test_evaluation_counts_ties_and_answers(causal: Path, pico_domain: Any) -> None:
+def test_evaluation_counts_ties_and_answers(qwen2: Path, pico_domain: Any) -> None:
     config = language_config()
     instruction = config.instruction
     assert instruction is not None
     config = config.model_copy(update={"instruction": instruction.model_copy(update={"generated_users": 2})})
-    found = evaluate_domain(load_language(causal, config, device="cpu"), pico_domain, config)
+    found = evaluate_domain(load_language(qwen2, config, device="cpu"), pico_domain, config)
     assert set(found.metrics) == {"ndcg@1", "ndcg@3", "recall@1", "recall@3", "recall@10", "valid-answers"}
     assert found.users == 12 and found.rank_U.min() >= 1 and found.rank_U.max() <= 4
-    again = evaluate_domain(load_language(causal, config, device="cpu"), pico_domain, config)
+    again = evaluate_domain(load_language(qwen2, config, device="cpu"), pico_domain, config)
     assert (found.rank_U == again.rank_U).all()
 
 
-def test_a_prompt_that_no_cut_makes_fit_is_named(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
+def test_a_prompt_that_no_cut_makes_fit_is_named(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
     config = language_config()
     assert config.instruction is not None
     short = config.instruction.model_copy(update={"max_prompt_tokens": 16})
     with pytest.raises(DataError, match="prompt"):
-        fine_tune(pico_domain, causal, config.model_copy(update={"instruction": short}), tmp_path)
+        fine_tune(pico_domain, qwen2, config.model_copy(update={"instruction": short}), tmp_path)
 
 
-def test_a_causal_base_needs_its_sections(causal: Path, pico_model: Path) -> None:
+def test_a_causal_base_needs_its_sections(qwen2: Path, pico_model: Path) -> None:
     with pytest.raises(ConfigError, match="rank by instructions"):
-        crossing_tensors(causal, RunConfig())
+        crossing_tensors(qwen2, RunConfig())
     with pytest.raises(ConfigError, match="not a causal language model"):
         crossing_tensors(pico_model, language_config())
 
 
-def test_the_best_tensors_are_those_of_the_best_step(causal: Path, pico_domain: Any, tmp_path: Path) -> None:
-    result = fine_tune(pico_domain, causal, language_config(max_steps=3, eval_every_steps=3), tmp_path)
+def test_the_best_tensors_are_those_of_the_best_step(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    result = fine_tune(pico_domain, qwen2, language_config(max_steps=3, eval_every_steps=3), tmp_path)
     assert result.best_step == 3
-    assert set(load_file(result.vector_path)) == set(crossing_tensors(causal, language_config()))
+    assert set(load_file(result.vector_path)) == set(crossing_tensors(qwen2, language_config()))
     assert Template.load("ranking").answer_titles == 3
