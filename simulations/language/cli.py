@@ -53,18 +53,19 @@ def plan_command(
     format_name: Annotated[str, typer.Option("--format", help="text or json")] = "text",
 ) -> None:
     """What LoRA fine-tuning of a published model needs, without its weights; exit 1 where it does not fit."""
-    from common.config import RunConfig, load_toml
-    from simulations.language.plan import GIB, Batch, largest_batch, make_plan
+    from common.config import InstructionSection, RunConfig, load_toml
+    from simulations.language.plan import GIB, Batch, make_plan, most_at_once
 
     if answer_tokens >= tokens:
         raise ConfigError("--answer-tokens is no part of --tokens", next_step="give fewer")
     loaded = load_toml(config, RunConfig)
-    plan = make_plan(loaded, Batch(loaded.training.batch_size, tokens, answer_tokens), gpus, tflops)
+    section = loaded.instruction or InstructionSection()
+    plan = make_plan(loaded, Batch(section.prompts_at_once, tokens, answer_tokens), gpus, tflops)
     memory_bytes = gpu_memory_gib * GIB
     fits = max(size for _, size in plan.shards) <= memory_bytes
-    most = largest_batch(loaded, tokens, answer_tokens, gpus, memory_bytes)
+    most = most_at_once(loaded, tokens, answer_tokens, gpus, memory_bytes)
     if format_name == "json":
-        typer.echo(json.dumps({**asdict(plan), "fits": fits, "largest_batch": most}, indent=2))
+        typer.echo(json.dumps({**asdict(plan), "fits": fits, "most_at_once": most}, indent=2))
     else:
         for line in plan.lines(fits=fits, gpu_memory_gib=gpu_memory_gib, most=most):
             typer.echo(line)

@@ -19,7 +19,7 @@ no faster than one.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples, each of so many tokens, of which the last `answer_tokens` are the answer."""
+    """The examples in memory at once, each of `tokens`, the last `answer_tokens` of them the answer."""
 
     examples: int
     tokens: int
@@ -75,7 +75,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """All figures; bytes are of one step, `shards` holds for each GPU its blocks and its bytes."""
+    """All figures; bytes are with a batch in memory, `shards` holds for each GPU its blocks and bytes."""
 
     architecture: str
     parameters: int
@@ -108,7 +108,10 @@ class Plan:
         ]
         rows.append(("time", f"{self.seconds / 3600:.1f} hours"))
         rows.append(
-            ("fits", f"{'yes' if fits else 'no'}, in {gpu_memory_gib:g} GiB each; largest batch {most}")
+            (
+                "fits",
+                f"{'yes' if fits else 'no'}, in {gpu_memory_gib:g} GiB each; at most {most} prompts at once",
+            )
         )
         return [f"{self.architecture}", *(f"  {label:18}{text}" for label, text in rows)]
 
@@ -180,7 +183,9 @@ def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
 
 
 def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan:
-    """The plan of one domain's fine-tuning (`training.max_steps` steps) at `tflops` sustained on one GPU.
+    """The plan of one domain's fine-tuning at `tflops` sustained on one GPU.
+
+    It has `training.max_steps` steps of `training.batch_size` examples, in parts of `batch`.
 
     Raises ConfigError.
     """
@@ -203,7 +208,8 @@ def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan
     ends = (parameters - shapes.layers * block_parameters) * 2
     each = 2 * block_parameters + (_ADAM_BYTES * adapter + kept) // shapes.layers
     last = ends // 2 + max(0, logits - block)
-    flops = _step_flops(shapes, block_parameters, vocabulary, batch, lora)
+    step = replace(batch, examples=config.training.batch_size)
+    flops = _step_flops(shapes, block_parameters, vocabulary, step, lora)
     return Plan(
         architecture=name,
         parameters=parameters,
@@ -219,8 +225,8 @@ def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan
     )
 
 
-def largest_batch(config: RunConfig, tokens: int, answer_tokens: int, gpus: int, memory_bytes: float) -> int:
-    """The most examples a step that fit; 0 where not even one does. Memory is linear in the batch."""
+def most_at_once(config: RunConfig, tokens: int, answer_tokens: int, gpus: int, memory_bytes: float) -> int:
+    """The most examples at once that fit; 0 where not even one does. Memory is linear in them."""
     one, two = (
         max(size for _, size in make_plan(config, Batch(n, tokens, answer_tokens), gpus, 1.0).shards)
         for n in (1, 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,19 +22,13 @@ _LOOK, _HAND_ON = 0.5, 0.3
 def co_occurrence(groups: Iterable[Sequence[Sequence[int]]], vocabulary: int, dimensions: int) -> Tensor:
     """Unit embeddings [vocabulary, dimensions] from groups of titles, each title a list of token ids.
 
-    Two tokens count together once for each group in which both occur. Tokens of no group get a random one.
+    Two tokens count together once for each group in which both occur, the less the larger the group. Tokens of no group get a random one.
     """
-    rows, columns = [], []
-    for number, titles in enumerate(groups):
-        found = sorted({token for title in titles for token in title})
-        rows += [number] * len(found)
-        columns += found
-    indices = torch.tensor([rows, columns])
-    size = (int(indices[0].max()) + 1, vocabulary)
-    member_GV = torch.sparse_coo_tensor(indices, torch.ones(len(rows)), size).coalesce()
-    group_G = torch.sparse.sum(member_GV, dim=1).to_dense()
-    member_GV = torch.sparse_coo_tensor(indices, (1 / group_G.sqrt())[indices[0]], size).coalesce()
-    count_VV = torch.sparse.mm(member_GV.t(), member_GV).to_dense()
+    counts = np.zeros((vocabulary, vocabulary), dtype=np.float32)
+    for titles in groups:
+        found = np.unique([token for title in titles for token in title])
+        counts[np.ix_(found, found)] += 1 / len(found)
+    count_VV = torch.from_numpy(counts)
     token_V = count_VV.sum(dim=1).clamp(min=1e-9)
     count_VV.mul_(token_V.sum()).div_(token_V[:, None]).div_(token_V[None, :])
     count_VV.log_().clamp_(min=0)

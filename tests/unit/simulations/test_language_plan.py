@@ -17,8 +17,8 @@ from simulations.language.plan import (
     Batch,
     adapter_parameters,
     build,
-    largest_batch,
     make_plan,
+    most_at_once,
     read_architecture,
     shapes_of,
 )
@@ -57,7 +57,7 @@ def test_configuration_has_the_published_size(file: str, parameters: int, adapte
 
 def test_largest_batch_fits_and_one_more_does_not() -> None:
     config = load_toml(CONFIGS / "qwen2-7b.toml", RunConfig)
-    most = largest_batch(config, 1024, 64, gpus=1, memory_bytes=80 * GIB)
+    most = most_at_once(config, 1024, 64, gpus=1, memory_bytes=80 * GIB)
     fitting, above = (
         make_plan(config, Batch(size, 1024, 64), 1, 1.0).shards[0][1] for size in (most, most + 1)
     )
@@ -123,7 +123,7 @@ def test_unknown_architecture_and_module_are_named() -> None:
 def test_command_says_whether_it_fits() -> None:
     arguments = ["language", "plan", str(CONFIGS / "qwen2-7b.toml")]
     runner = CliRunner()
-    refused = runner.invoke(cli, arguments)
-    assert refused.exit_code == 1 and "no, in 80 GiB each" in refused.output
+    refused = runner.invoke(cli, [*arguments, "--gpu-memory-gib", "16"])
+    assert refused.exit_code == 1 and "no, in 16 GiB each" in refused.output
     fitting = runner.invoke(cli, [*arguments, "--gpus", "4"])
-    assert fitting.exit_code == 0 and "7 blocks" in fitting.output
+    assert fitting.exit_code == 0 and "GPU 3             7 blocks" in fitting.output
