@@ -22,7 +22,8 @@ _LOOK, _HAND_ON = 0.5, 0.3
 def co_occurrence(groups: Iterable[Sequence[Sequence[int]]], vocabulary: int, dimensions: int) -> Tensor:
     """Unit embeddings [vocabulary, dimensions] from groups of titles, each title a list of token ids.
 
-    Two tokens count together once for each group in which both occur, the less the larger the group. Tokens of no group get a random one.
+    Two tokens count together once for each group in which both occur, the less the larger the group. Tokens
+    of no group get a random one.
     """
     counts = np.zeros((vocabulary, vocabulary), dtype=np.float32)
     for titles in groups:
