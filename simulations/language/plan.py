@@ -11,9 +11,9 @@ r rank; c bytes an activation, D 5 with dropout on A's input and 4 without):
     inputs of each A  D * input width    between A and B   4r for each adapted layer
     MLP               3cf
 
-Frozen weights keep nothing. `tests/unit/simulations/test_language_plan.py` counts what autograd keeps. Layers
-are cut between blocks, as a `device_map` does; they work one after another, so that k GPUs hold more but are
-no faster than one.
+Frozen weights keep nothing; gradients inside a block take (c + 8) f at the worst moment. What autograd keeps
+is counted in `tests/unit/simulations/test_language_plan.py`. Layers are cut between blocks, as a `device_map`
+does; they work one after another, so that k GPUs hold more but are no faster than one.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Shapes:
             + 4 * lora.rank * self.adapted
             + 3 * c * self.intermediate
         )
+
+    def gradient_bytes(self, activation_bytes: int) -> int:
+        """Of a token, where the backward pass of a block holds most: behind `down_proj` and its A."""
+        return (activation_bytes + 8) * self.intermediate
 
 
 @dataclass(frozen=True)
@@ -196,12 +200,9 @@ def make_plan(config: RunConfig, batch: Batch, gpus: int, tflops: float) -> Plan
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adapter = adapter_parameters(model, lora)
     tokens = batch.examples * batch.tokens
-    block = shapes.block_bytes(lora, 2) * tokens
-    kept = (
-        (2 * shapes.hidden * tokens) * shapes.layers
-        if lora.gradient_checkpointing
-        else block * (shapes.layers - 1)
-    )
+    block = (shapes.block_bytes(lora, 2) + shapes.gradient_bytes(2)) * tokens
+    input_bytes = 2 * shapes.hidden if lora.gradient_checkpointing else shapes.block_bytes(lora, 2)
+    kept = input_bytes * tokens * shapes.layers
     vocabulary = int(architecture["vocab_size"])
     logits = batch.examples * batch.answer_tokens * vocabulary * _LOGIT_BYTES
     block_parameters = sum(parameter.numel() for parameter in model.model.layers[0].parameters())  # type: ignore[union-attr,index]

@@ -45,7 +45,7 @@ from simulations.language.text import PseudoUsers, document, lines, split_catalo
 from simulations.simulate import prepare_source
 
 PHASE = "pretrain"
-MODEL = "model"
+MODEL, METRICS = "model", "metrics.jsonl"
 END = "<|endoftext|>"
 IGNORED = -100
 _FIRST_CANDIDATES = 3
@@ -86,6 +86,7 @@ def pretrain(config: LanguageConfig, out: Path, report: Report = NO_REPORT) -> P
         trainer.model.load_state_dict(read_weights(begun), strict=False)
         restore_optimizer(begun, trainer.optimizer)
         trainer.step, best, since_best = state["step"], state["best"], state["since_best"]
+    _forget_after(out / METRICS, trainer.step)
     started_s = time.monotonic()
     while trainer.step < settings.steps and since_best < settings.patience:
         loss = trainer.take_step()
@@ -95,7 +96,7 @@ def pretrain(config: LanguageConfig, out: Path, report: Report = NO_REPORT) -> P
             held = trainer.evaluate()
             best, since_best = (held.loss, 0) if held.loss < best else (best, since_best + 1)
             line = {"step": trainer.step, "loss": loss, "held_back_loss": held.loss, "named": held.named}
-            _append(out / "metrics.jsonl", {**line, "seconds": round(time.monotonic() - started_s, 1)})
+            _append(out / METRICS, {**line, "seconds": round(time.monotonic() - started_s, 1)})
         if trainer.step % settings.checkpoint_every_steps == 0 or last or since_best >= settings.patience:
             write_checkpoint(
                 folder,
@@ -297,6 +298,13 @@ def _check_key(path: Path, key: str) -> None:
         raise ConfigError(
             f"{path.parent}: was made with another configuration", next_step="choose another --out folder"
         )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Leave out what an evaluation said after the checkpoint that training goes on from."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

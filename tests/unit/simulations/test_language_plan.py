@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from common.cli import cli
 from common.config import BaseSection, LoraSection, RunConfig, load_toml

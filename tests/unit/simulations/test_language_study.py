@@ -17,7 +17,7 @@ from common.errors import ConfigError, DataError
 from common.files import sha256_file
 from common.language.prompts import Template
 from simulations.language.config import LanguageConfig
-from simulations.language.pretrain import END, pretrain
+from simulations.language.pretrain import END, HeldBack, Pretrainer, pretrain
 from simulations.language.start import co_occurrence
 from simulations.language.study import Cell, markdown, run_language_study
 from simulations.language.text import PseudoUsers, cut, split_catalogs
@@ -34,7 +34,7 @@ class KilledError(Exception):
 def config(make_domain: Callable[..., Any], tmp_path: Path) -> LanguageConfig:
     torch.set_num_threads(1)
     for number, name in enumerate(NAMES):
-        make_domain(name=name, seed=number, items=60).save(tmp_path / name)
+        make_domain(name=name, seed=number, items=150).save(tmp_path / name)
     return LanguageConfig.model_validate(
         {
             "pretraining": {
@@ -100,18 +100,17 @@ def test_interactions_change_nothing(config: LanguageConfig, tmp_path: Path) -> 
     assert sha256_file(after / "model.safetensors") == sha256_file(before / "model.safetensors")
 
 
-def test_it_stops_early_where_held_back_loss_rises(config: LanguageConfig, tmp_path: Path) -> None:
-    wild = {"learning_rate": 3.0, "patience": 1, "steps": 40, "warmup_steps": 0}
-    section = config.pretraining.model_copy(update=wild)
+def test_it_stops_early_where_held_back_loss_rises(
+    config: LanguageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter([3.0, 2.0, 2.5, 2.25, 1.0])
+    monkeypatch.setattr(Pretrainer, "evaluate", lambda self: HeldBack(next(said), 0.0))
+    section = config.pretraining.model_copy(update={"patience": 2, "steps": 40})
     folder = pretrain(config.model_copy(update={"pretraining": section}), tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     facts = json.loads((folder / "pretraining.json").read_text())
-    assert lines[-1]["step"] == facts["steps"] < 40
-    assert (
-        lines[-1]["held_back_loss"]
-        >= facts["held_back_loss"]
-        == min(line["held_back_loss"] for line in lines)
-    )
+    assert lines[-1]["step"] == facts["steps"] == 16
+    assert facts["held_back_loss"] == 2.0
 
 
 def test_a_pseudo_user_wants_what_shares_its_theme(config: LanguageConfig) -> None:
