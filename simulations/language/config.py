@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.config import Frozen
+from common.language.options import CocktailOptions
 from server.evolution.options import EvolutionOptions
 from simulations.config import SimulationConfig, load_as
 
@@ -59,11 +60,12 @@ class TablesSection(Frozen):
     spirit: str = Field(
         "factors", description="how the base spirit is merged from the other domains' adapters"
     )
-    prompts: int = Field(50, ge=2, description="unlabelled prompts that a cocktail's weights are learned on")
-    tokens: int = Field(3, ge=1, description="first answer tokens whose entropy counts")
+    cocktail: CocktailOptions = Field(
+        CocktailOptions(), description="entropy-guided weights; the rule and the seed are the table's"
+    )
     second_round_samples: int = Field(500, ge=2, description="training prompts of the second round")
     parts: int = Field(
-        20, ge=2, description="disjoint parts of each domain's users; an adapter comes of each"
+        22, ge=2, description="disjoint parts of each domain's users; an adapter comes of each"
     )
     related: int = Field(8, ge=1, description="adapters of all domains but the last")
     distractors: int = Field(5, ge=0, description="adapters of the last domain, added to those")

@@ -23,7 +23,6 @@ from common.files import write_atomic
 from common.language.ablation import ablation
 from common.language.adapters import Adapter
 from common.language.cocktail import unlabelled
-from common.language.options import CocktailOptions
 from common.progress import NO_REPORT, Report
 from server.evolution.compare import compare
 from server.evolution.tuning import Tuning, tune_lora
@@ -147,9 +146,7 @@ def _cocktail_column(name: str, protocol: Protocol) -> Make:
         general = spirit(inputs, tables.spirit, without=name).adapter
         tested = lab.rankings(domain, "test", tables.test_users, protocol)
         rules = {
-            f"cocktail {rule}": CocktailOptions(
-                rule=rule, prompts=tables.prompts, tokens=tables.tokens, seed=lab.config.run.seed
-            )
+            f"cocktail {rule}": tables.cocktail.model_copy(update={"rule": rule, "seed": lab.config.run.seed})
             for rule in ("factors", "product")
         }
 

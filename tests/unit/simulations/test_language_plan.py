@@ -126,4 +126,4 @@ def test_command_says_whether_it_fits() -> None:
     refused = runner.invoke(cli, [*arguments, "--gpu-memory-gib", "16"])
     assert refused.exit_code == 1 and "no, in 16 GiB each" in refused.output
     fitting = runner.invoke(cli, [*arguments, "--gpus", "4"])
-    assert fitting.exit_code == 0 and "GPU 3             7 blocks" in fitting.output
+    assert fitting.exit_code == 0 and "GPU 3             6 blocks" in fitting.output

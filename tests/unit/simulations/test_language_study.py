@@ -50,7 +50,8 @@ def config(make_domain: Callable[..., Any], tmp_path: Path) -> LanguageConfig:
                 "checkpoint_every_steps": 2, "validation_users": 4, "precision": "fp32",
             },
             "tables": {
-                "test_users": 6, "prompts": 6, "second_round_samples": 4, "parts": 3, "related": 2,
+                "test_users": 6,
+                "cocktail": {"prompts": 6, "steps": 2, "learning_rate": 0.1}, "second_round_samples": 4, "parts": 3, "related": 2,
                 "distractors": 1, "pools": [4], "samples": 3, "methods": ["base", "evo-merging"],
                 "evolution": {"ratio_iterations": 1, "scale_iterations": 1, "population": 4},
             },
