@@ -51,8 +51,10 @@ def config(make_domain: Callable[..., Any], tmp_path: Path) -> LanguageConfig:
             },
             "tables": {
                 "test_users": 6,
-                "cocktail": {"prompts": 6, "steps": 2, "learning_rate": 0.1}, "second_round_samples": 4, "parts": 3, "related": 2,
-                "distractors": 1, "pools": [4], "samples": 3, "methods": ["base", "evo-merging"],
+                "cocktail": {"prompts": 6, "steps": 2, "learning_rate": 0.1},
+                "second_round_samples": 4, "parts": 3, "related": 2, "distractors": 1, "pools": [4],
+                "samples": 3,
+                "methods": ["base", "evo-merging"],
                 "evolution": {"ratio_iterations": 1, "scale_iterations": 1, "population": 4},
             },
             "domain": [{"name": name, "path": str(tmp_path / name)} for name in NAMES],
