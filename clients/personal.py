@@ -3,6 +3,9 @@
 `theta = (1 - w) theta_universal + w theta_own` with the share `w` that ranks best (WiSE-FT, between other
 ends: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022). It is made and kept at the
 owner's: nothing of it, and not even which share won, leaves.
+
+Of adapters of a language model it is a cocktail: their factors mixed by the weights of the lowest entropy on
+the owner's own unlabelled prompts (`clients.training.cocktail`), the universal adapter being the base spirit.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from typing import TYPE_CHECKING
 from clients.serving import current_or_fail, own_model, settings_of, write_settings
 from common.errors import BaseMismatchError, ConfigError
 from common.files import replace_folder, write_atomic
-from common.language.adapters import is_adapter
+from common.language.adapters import folder_digest, is_adapter
 from common.models.base import model_digest, save_model
 from common.progress import NO_REPORT, Report
 
 if TYPE_CHECKING:
     from clients.data.domain import Domain
+    from common.config import RunConfig
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RECORD = "personal.json"
@@ -33,7 +37,8 @@ _README = (
 
 @dataclasses.dataclass(frozen=True)
 class Personal:
-    """The chosen `own_share` w, and for each share tried the metrics on validation users.
+    """The chosen `own_share` w, and for each share tried the metrics on validation users (for adapters: the
+    entropy of their prompts).
 
     `universal_digest` and `own_digest` say between which models it lies.
     """
@@ -51,7 +56,7 @@ def interpolate(
 
     Best is the highest NDCG on the validation users, the smaller share among equals. The own model was
     stopped early on the same users, which favours it a little. Text settings are those of the universal
-    model's run.
+    model's run. Of adapters the shares are learned; `shares` is not looked at.
     Raises ModelError where a model is missing, BaseMismatchError where the two are of different bases.
     """
     from clients.training.evaluate import evaluate
@@ -63,10 +68,7 @@ def interpolate(
     folders = {"universal": current_or_fail(home), "own": own_model(home)}
     config = settings_of(folders["universal"])
     if is_adapter(folders["universal"]) or is_adapter(folders["own"]):
-        raise ConfigError(
-            "no personal model is made of adapters",
-            next_step="isthmus client recommend --model own, or --model universal",
-        )
+        return _cocktail(home, folders, config, domain, report)
     ends = {name: load_tensors(folder) for name, folder in folders.items()}
     shapes = {end: {name: tensor.shape for name, tensor in tensors.items()} for end, tensors in ends.items()}
     if shapes["universal"] != shapes["own"]:
@@ -94,6 +96,48 @@ def interpolate(
                 replace_folder(tried, chosen)
         digests = {name: model_digest(folder) for name, folder in folders.items()}
         personal = Personal(own_share, metrics, digests["universal"], digests["own"])
+        write_atomic(chosen / RECORD, (json.dumps(dataclasses.asdict(personal), indent=1) + "\n").encode())
+        write_settings(chosen, config)
+        replace_folder(chosen, target)
+    return personal
+
+
+def _cocktail(
+    home: Path, folders: dict[str, Path], config: RunConfig, domain: Domain, report: Report
+) -> Personal:
+    """The personal model of two adapters; raises ConfigError where they are not a language model's."""
+    import torch
+
+    from clients.training.adapters import required_base
+    from clients.training.cocktail import mix_in_domain
+    from common.language.ablation import INGREDIENT, SPIRIT
+    from common.language.options import CocktailOptions
+
+    if config.instruction is None or not all(is_adapter(folder) for folder in folders.values()):
+        raise ConfigError(
+            "no personal model is made of an encoder's adapters",
+            next_step="isthmus client recommend --model own, or --model universal",
+        )
+    target = home.resolve() / "models" / "personal"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".personal-", dir=target.parent) as temporary:
+        chosen = Path(temporary) / "chosen"
+        made = mix_in_domain(
+            required_base(folders["own"]), folders["universal"], folders["own"], domain, chosen,
+            options=CocktailOptions(seed=config.run.seed), instruction=config.instruction,
+            precision=config.training.precision,
+            device="cuda" if torch.cuda.is_available() else "cpu", report=report,
+        )  # fmt: skip
+        share, held_back = round(made.weights["all"][INGREDIENT], 4), made.facts["held_back_loss"]
+        entropies = {
+            0.0: held_back["alone"][SPIRIT],
+            0.5: held_back["equal"],
+            1.0: held_back["alone"][INGREDIENT],
+            share: held_back["learned"],
+        }
+        metrics = {f"{at:g}": {"entropy": entropies[at]} for at in sorted(entropies)}
+        digests = {name: folder_digest(folder) for name, folder in folders.items()}
+        personal = Personal(share, metrics, digests["universal"], digests["own"])
         write_atomic(chosen / RECORD, (json.dumps(dataclasses.asdict(personal), indent=1) + "\n").encode())
         write_settings(chosen, config)
         replace_folder(chosen, target)

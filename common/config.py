@@ -224,7 +224,7 @@ class InstructionSection(Frozen):
 
     template: str = Field(
         "ranking",
-        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",  # never a path: a run may not say what an owner reads
         description="a prompt template that comes with Isthmus",
     )
     candidates: int = Field(30, ge=2, le=1000)

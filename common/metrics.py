@@ -72,14 +72,14 @@ def auc(score_N: Tensor, label_N: Tensor) -> float:
     Ties count half here, as everywhere in the field: there is no list in which one would come first.
     Raises DataError where one class is empty.
     """
-    positive_P, negative_N = score_N[label_N.bool()].double(), score_N[~label_N.bool()].double()
-    if not len(positive_P) or not len(negative_N):
+    positive_N, negative_N = score_N[label_N.bool()].double(), score_N[~label_N.bool()].double()
+    if not len(positive_N) or not len(negative_N):
         raise DataError("AUC needs positives and negatives", next_step="use more records")
     ordered_N = negative_N.sort().values
-    below_P = torch.searchsorted(ordered_N, positive_P) + torch.searchsorted(
-        ordered_N, positive_P, right=True
+    below_N = torch.searchsorted(ordered_N, positive_N) + torch.searchsorted(
+        ordered_N, positive_N, right=True
     )
-    return float(below_P.double().mean() / (2 * len(ordered_N)))
+    return float(below_N.double().mean() / (2 * len(ordered_N)))
 
 
 def gauc(score_N: Tensor, label_N: Tensor, users: Sequence[str]) -> tuple[float, int]:

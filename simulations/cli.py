@@ -68,7 +68,7 @@ def study_command(
 def attacks_command(
     config: Annotated[Path, typer.Argument(help="a simulation's configuration with [attacks], TOML")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is there already is not made again")],
-    only: Annotated[str, typer.Option(help="membership, vocabulary, poisoning; empty: all")] = "",
+    only: Annotated[str, typer.Option(help="membership, vocabulary, poisoning, privacy; empty: all")] = "",
     seed: Annotated[int | None, typer.Option(help="instead of run.seed")] = None,
 ) -> None:
     """Attack task vectors: who and which words were in the data, and what a poisoned one does."""

@@ -81,7 +81,7 @@ def mix_in_domain(
         most_tokens=instruction.max_prompt_tokens,
         report=report,
     )
-    save_adapter(base, made.lora, made.adapter, out, README)
+    save_adapter(base, made.lora, made.adapter, out, README, base_name=str(base.resolve()))
     record = {"weights": made.weights, "facts": made.facts, "options": options.model_dump(mode="json")}
     write_atomic(out / RECORD, json.dumps(record, indent=2).encode("ascii"))
     return made

@@ -157,7 +157,8 @@ class AnswerTrainer(EncoderTrainer):
             part: Instructions = {
                 key: rows[start : start + self.prompts_at_once] for key, rows in inputs.items()
             }
-            total += super().training_step(model, {**part, "of": size}, num_items_in_batch)
+            part["of"] = size
+            total += super().training_step(model, part, num_items_in_batch)
         self.last_loss = float(total)
         return total
 

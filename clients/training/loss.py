@@ -77,19 +77,14 @@ class TwoTower(nn.Module):
         loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
         return {"loss": loss}
 
-    def user_losses(
-        self,
-        history_ids_UT: Tensor,
-        history_mask_UT: Tensor,
-        item_ids_UIT: Tensor,
-        item_mask_UIT: Tensor,
-        blocked_UI: Tensor,
-    ) -> Tensor:
-        """Each user's own loss (U) for rows of `private.PrivateBatches`; two users share no embedding."""
-        z_UE = self._encoder.forward(history_ids_UT, history_mask_UT)
-        item_NE = self._encoder.forward(item_ids_UIT.flatten(0, 1), item_mask_UIT.flatten(0, 1))
-        item_UIE = item_NE.reshape(*blocked_UI.shape, -1)
-        return own_candidates_loss(z_UE, item_UIE, blocked_UI, self._temperature)
+    def embed(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """Unit-norm embeddings `z_NE`."""
+        return self._encoder.forward(ids_NT, mask_NT)
+
+    def own_losses(self, z_UE: Tensor, target_UE: Tensor, negative_UIE: Tensor, blocked_UI: Tensor) -> Tensor:
+        """Each user's own loss (U), by embeddings that nobody else's loss goes through."""
+        candidate_UIE = torch.cat([target_UE[:, None], negative_UIE], dim=1)
+        return own_candidates_loss(z_UE, candidate_UIE, blocked_UI, self._temperature)
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trainable parameters, by their names in the model's file (not copied)."""

@@ -3,11 +3,11 @@
 What the promise rests on, one by one:
 
 - **One user, one bounded vector.** In each step every user takes part on its own with the plan's rate
-  (Poisson sampling of users, not of interactions), with one of its positions, drawn anew. Its gradient is
-  computed alone (Opacus' per-sample gradients, a sample being a user) and cut to L2 norm `clip`.
+  (Poisson sampling of users, not of interactions), with one of its positions, drawn anew. Its gradient is cut
+  to L2 norm `clip` (`clients.training.clipping`).
 - **Nobody else in it.** Negatives are items of the public catalog, drawn for each step from the run's seed:
-  in-batch negatives would put one user's items into another's gradient. Each user embeds them on its own,
-  since the gradient passes through them too (without it all embeddings fall together).
+  in-batch negatives would put one user's items into another's gradient. The gradient passes through them too
+  (without it all embeddings fall together), for each user on its own.
 - **Secret randomness.** Who takes part and the noise come from `SecretRandom`, not from the run's seed,
   which is public: with it anybody could subtract the noise. There is no other: no dropout.
 - **Nothing else looks at the data.** As many steps as planned, the last weights; validation users are
@@ -27,22 +27,20 @@ import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from clients.data.domain import Domain
 from clients.training.accounting import PrivacyPlan
+from clients.training.clipping import GhostClipping
 from clients.training.dataset import Batch, Examples, domain_tokens, recent_first
 from clients.training.loss import TwoTower
 from clients.training.trainer import EncoderTrainer, Plan, Validate
 from common.config import RunConfig
-from common.errors import ModelError
 from common.files import write_atomic
 from common.models.encoder import Encoder
 from common.progress import Report
 
-USERS_AT_ONCE = 8
 _SAMPLING, _NOISE = 0, 1
 
 
@@ -123,59 +121,27 @@ class PrivateBatches(Dataset[Batch]):
         return [(int(user), int(self._last_U[user] - back[user])) for user in chosen]
 
     def __getitem__(self, step: int) -> Batch:
+        """What `clipping.GhostClipping.summed` takes; a step without users has no rows of any."""
         chosen, negatives, text = self.members(step), self.negatives(step), self._text
-        width = 1 + len(negatives)
-        if not chosen:
-            none, no_item = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, width, 1, dtype=torch.int64)
-            return _batch(none, none, no_item, no_item, torch.zeros(0, width, dtype=torch.bool))
         past = [self._domain.train[user][: position + 1] for user, position in chosen]  # the target is last
-        history_ids_UT, history_mask_UT = self._encoder.batch(
-            [
-                self._tokens.history(recent_first(items[:-1], text.max_history_items), text.max_seq_len)
-                for items in past
-            ]
-        )
-        candidates = [int(item) for items in past for item in (items[-1], *negatives)]
-        item_ids, item_mask = self._encoder.batch([self._tokens.item(item) for item in candidates])
-        blocked = np.array([[False, *np.isin(negatives, items)] for items in past])
-        shape = (len(chosen), width, -1)
-        return _batch(
-            history_ids_UT,
-            history_mask_UT,
-            item_ids.reshape(shape),
-            item_mask.reshape(shape),
-            torch.from_numpy(blocked),
-        )
-
-
-def _batch(history_ids: Tensor, history_mask: Tensor, ids: Tensor, mask: Tensor, blocked: Tensor) -> Batch:
-    """The arguments of `TwoTower.user_losses`."""
-    return {
-        "history_ids_UT": history_ids,
-        "history_mask_UT": history_mask,
-        "item_ids_UIT": ids,
-        "item_mask_UIT": mask,
-        "blocked_UI": blocked,
-    }
-
-
-class UserHooks(GradSampleHooks):  # type: ignore[misc]
-    """Opacus' per-sample gradients where a sample is one of `users`, and has several rows, side by side."""
-
-    users = 0
-
-    def rearrange_grad_samples(
-        self, *, module: nn.Module, backprops: Tensor, loss_reduction: str, batch_first: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """Rows (users * rows, ...) as (users, rows, ...): the samplers sum over all but the first axis."""
-        activations, backprops = super().rearrange_grad_samples(
-            module=module, backprops=backprops, loss_reduction=loss_reduction, batch_first=batch_first
-        )
-        setattr(module, "max_batch_len", self.users)  # noqa: B010 - Opacus keeps it there
-        return [self._grouped(tensor) for tensor in activations], self._grouped(backprops)
-
-    def _grouped(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.users, -1, *tensor.shape[1:])
+        histories = [
+            self._tokens.history(recent_first(items[:-1], text.max_history_items), text.max_seq_len)
+            for items in past
+        ]
+        batch = {"blocked_UI": torch.zeros(0, 1 + len(negatives), dtype=torch.bool)}
+        if chosen:
+            blocked = np.array([[False, *np.isin(negatives, items)] for items in past])
+            batch["blocked_UI"] = torch.from_numpy(blocked)
+        for name, texts in (
+            ("history_{}_UT", histories),
+            ("target_{}_UT", [self._tokens.item(int(items[-1])) for items in past]),
+            ("negative_{}_IT", [self._tokens.item(int(item)) for item in negatives]),
+        ):
+            ids_NT, mask_NT = (
+                self._encoder.batch(texts) if texts else 2 * [torch.zeros(0, 1, dtype=torch.int64)]
+            )
+            batch |= {name.format("ids"): ids_NT, name.format("mask"): mask_NT}
+        return batch
 
 
 class PrivateTrainer(EncoderTrainer):
@@ -195,54 +161,20 @@ class PrivateTrainer(EncoderTrainer):
         super().__init__(tower, batches, validate, plan, folder, report)
         self.args.max_grad_norm = 0.0  # what is clipped is each user's own
         self._privacy, self._batches = batches.plan, batches
-        # the hooks want inputs with a gradient
-        tower.backbone.enable_input_require_grads()  # type: ignore[operator]
-        self._hooks = UserHooks(tower.backbone, loss_reduction="sum")
+        self.clipping = GhostClipping(tower)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """Put the private gradient of the step in place; returns the mean loss, for the owner's log."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        summed, losses = self.clipped_sum(inputs)
         privacy, stream = self._privacy, self._batches.secret.noise(self.state.global_step)
+        summed, losses = self.clipping.summed(inputs, privacy.clip)
         for parameter, total in summed.items():
             noise = stream.normal(total.shape).to(total.device)
             parameter.grad = (total + privacy.noise * privacy.clip * noise) / privacy.users_per_step
         self.last_loss = float(losses.mean()) if len(losses) else 0.0
         return torch.tensor(self.last_loss, device=self.args.device)
 
-    def clipped_sum(self, inputs: Batch) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
-        """The sum of the users' gradients, each cut to norm `clip`, and their losses (U).
-
-        Raises ModelError where a gradient is not finite: it has no bound.
-        """
-        parameters = [parameter for parameter in self.tower.parameters() if parameter.requires_grad]
-        summed = {parameter: torch.zeros_like(parameter) for parameter in parameters}
-        losses = []
-        for start in range(0, len(inputs["blocked_UI"]), USERS_AT_ONCE):
-            rows = {name: tensor[start : start + USERS_AT_ONCE] for name, tensor in inputs.items()}
-            loss_U = self.tower.user_losses(**rows)
-            self._hooks.users = len(loss_U)
-            loss_U.sum().backward()  # type: ignore[no-untyped-call]
-            losses.append(loss_U.detach())
-            self._add_clipped(summed)
-        return summed, torch.cat(losses) if losses else torch.zeros(0)
-
-    def _add_clipped(self, summed: dict[Any, Tensor]) -> None:
-        with torch.no_grad():
-            samples = {parameter: parameter.grad_sample.float() for parameter in summed}
-            norm_U = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
-            if not bool(norm_U.isfinite().all()):
-                raise ModelError(
-                    f"a gradient is not finite at step {self.state.global_step + 1}",
-                    next_step="lower training.learning_rate or raise training.temperature",
-                )
-            factor_U = (self._privacy.clip / (norm_U + 1e-6)).clamp(max=1.0)
-            for parameter, sample in samples.items():
-                summed[parameter] += torch.tensordot(factor_U, sample, dims=1)
-                parameter.grad = parameter.grad_sample = None
-
     def close(self) -> None:
         """Take the hooks off the model."""
-        self._hooks.remove_hooks()
-        self.tower.backbone.disable_input_require_grads()  # type: ignore[operator]
+        self.clipping.close()

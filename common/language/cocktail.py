@@ -38,7 +38,7 @@ from common.files import write_atomic
 from common.language.adapters import Adapter
 from common.language.mixing import Mixture, cut, section_of_rank
 from common.language.model import CausalLM
-from common.language.options import RATES, CocktailOptions
+from common.language.options import RATES, CocktailOptions, WeightOptions
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import first_token_entropies
@@ -134,7 +134,7 @@ def mix_by(
     adapters: Mapping[str, Adapter],
     loss: Loss,
     prompts: int,
-    options: CocktailOptions,
+    options: WeightOptions,
     work: Path,
     *,
     key: str,
@@ -188,7 +188,7 @@ class _Run:
         mixture: Mixture,
         loss: Loss,
         prompts: int,
-        options: CocktailOptions,
+        options: WeightOptions,
         work: Path,
         key: str,
         report: Report,

@@ -150,7 +150,7 @@ def load_causal(folder: Path, *, precision: Precision = "auto", device: str = "c
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json", next_step="give a folder that save_pretrained wrote")
     dtype = torch.bfloat16 if use_bf16(precision, device) else torch.float32
-    listed = find_vocabulary(folder)
+    listed = None if (folder / "tokenizer.json").is_file() else find_vocabulary(folder)
     try:
         tokenizer = load_vocabulary(listed) if listed is not None else _own_tokenizer(folder)
         with _without_bars():

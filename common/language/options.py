@@ -12,8 +12,8 @@ Rule = Literal["factors", "product"]
 RATES = (0.03, 0.1, 0.3)
 
 
-class CocktailOptions(Frozen):
-    """How the weights of a cocktail are learned."""
+class WeightOptions(Frozen):
+    """How weights of adapters are learned, whatever is minimised."""
 
     rule: Rule = Field("factors", description="`factors` mixes A and B (the paper), `product` what they do")
     granularity: Literal["domain", "layer"] = Field("domain", description="a weight an adapter, or a layer")
@@ -21,7 +21,6 @@ class CocktailOptions(Frozen):
         "simplex", description="`free`: any numbers, from 1/N each, instead of a softmax"
     )
     prompts: int = Field(50, ge=2, description="unlabelled prompts, the held-back ones included")
-    tokens: int = Field(3, ge=1, le=64, description="first tokens of the answer whose entropy counts")
     holdout: float = Field(0.2, gt=0, le=0.5, description="share of the prompts that is not learned from")
     steps: int = Field(40, ge=0)
     batch_size: int = Field(8, ge=1, description="prompts a step")
@@ -31,3 +30,9 @@ class CocktailOptions(Frozen):
     evaluate_every_steps: int = Field(5, ge=1)
     patience: int = Field(3, ge=1, description="evaluations without a lower held-back entropy")
     seed: int = Field(0, ge=0)
+
+
+class CocktailOptions(WeightOptions):
+    """How the weights of a cocktail are learned: by entropy."""
+
+    tokens: int = Field(3, ge=1, le=64, description="first tokens of the answer whose entropy counts")

@@ -166,6 +166,7 @@ def generate_rankings(
     batch_size: int = 8,
 ) -> list[Generated]:
     """A greedy answer to each ranking, parsed. Raises DataError without rankings or for a prompt too long."""
+    _some(rankings)
     found = []
     with torch.no_grad():
         for start in range(0, len(rankings), batch_size):

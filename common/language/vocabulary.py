@@ -37,7 +37,10 @@ def load_vocabulary(path: Path) -> Any:
 
     data = json.loads(path.read_text(encoding="utf-8"))
     tokens, scores = data["tokens"], data["scores"]
-    if not isinstance(tokens, list) or not isinstance(scores, list) or len(tokens) != len(scores):
+    for name, values, kind in (("tokens", tokens, str), ("scores", scores, (int, float))):
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ModelError(f"{path}: {name!r} is no list of its kind", next_step="obtain the model again")
+    if len(tokens) != len(scores):
         raise ModelError(f"{path}: tokens and scores differ in number", next_step="obtain the model again")
     pieces = list(_SPECIAL) + [_piece(token) for token in tokens[3:]]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}

@@ -23,7 +23,7 @@ from common.config import InstructionSection
 from common.digests import json_digest
 from common.errors import ConfigError, suggest
 from common.language.adapters import Adapter
-from common.language.options import CocktailOptions
+from common.language.options import CocktailOptions, WeightOptions
 from common.language.records import Ranking
 from common.models.base import model_digest
 from server.language.pseudo_prompts import Histories, pseudo_rankings
@@ -39,11 +39,15 @@ SPIRIT, INGREDIENT = "base spirit", "ingredient"  # no domain can be called so
 ROLL_OUT_TEMPERATURE = 0.5
 
 
-class PseudoOptions(CocktailOptions, Options):
-    """Options of everything that learns weights on pseudo-users' prompts."""
+class PseudoUsers(Options):
+    """What the prompts of pseudo-users are made of."""
 
     histories: Histories = Field("random", description="what pseudo-users' histories are made of")
     history_items: int = Field(5, ge=1, description="a history has one to so many items")
+
+
+class PseudoOptions(CocktailOptions, PseudoUsers):
+    """Options of a cocktail on pseudo-users' prompts."""
 
 
 class MethodOptions(PseudoOptions):
@@ -61,7 +65,7 @@ class MethodOptions(PseudoOptions):
         return method
 
 
-class LearnedOptions(PseudoOptions):
+class LearnedOptions(WeightOptions, PseudoUsers):
     """Options of learned coefficients on adapters."""
 
     constraint: Literal["simplex", "free"] = "free"
@@ -118,7 +122,7 @@ def _mix(
         adapters,
         template,
         [ranking for own in rankings.values() for ranking in own],
-        _learning(options),
+        options,
         inputs.work,
         rank=inputs.lora.rank,
         most_tokens=instruction.max_prompt_tokens,
@@ -200,7 +204,7 @@ def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> Adapter
         inputs.adapters,
         of,
         len(rankings),
-        _learning(options),
+        options,
         inputs.work,
         key=key,
         rank=inputs.lora.rank,
@@ -221,7 +225,7 @@ def _prepare(inputs: AdapterInputs) -> tuple[CausalLM, Template, InstructionSect
 
 def _pseudo(
     inputs: AdapterInputs,
-    options: PseudoOptions,
+    options: PseudoOptions | LearnedOptions,
     lm: CausalLM,
     template: Template,
     domains: Sequence[str],
@@ -261,7 +265,3 @@ def _pseudo(
         seed=options.seed,
         choose=choose,
     )
-
-
-def _learning(options: PseudoOptions) -> CocktailOptions:
-    return CocktailOptions(**options.model_dump(include=set(CocktailOptions.model_fields)))

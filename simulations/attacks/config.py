@@ -25,6 +25,13 @@ class AttackSection(Frozen):
     victims: int = Field(80, ge=2, description="users of each domain, not fine-tuned on, that feel it")
     vocabulary_steps: int = Field(15, ge=1, description="steps of the control with a trained embedding table")
     planted_words: int = Field(4, ge=1, description="rare words that only the private texts have")
+    epsilons: tuple[float, ...] = Field((), description="what private fine-tunings of the first domain spend")
+    private_batch_size: int = Field(
+        256, ge=2, description="users in a step of them; `[privacy]` has the rest"
+    )
+    private_steps: int = Field(20, ge=1, description="steps of each of them")
+    private_learning_rate: float = Field(1e-3, gt=0, description="of each of them")
+    tested: int = Field(1000, ge=1, description="members that they are tested and attacked on, and others")
 
 
 class AttackConfig(SimulationConfig):

@@ -23,7 +23,7 @@ from clients.training.evaluate import evaluate
 from clients.training.fit import fine_tune, load_encoder
 from clients.training.leakage import Doubles, Rows, hold_out, sequence_losses
 from common.catalog import Catalog
-from common.config import MergeMethod, RunConfig, TrainingSection
+from common.config import MergeMethod, RunConfig
 from common.digests import json_digest, vector_digest
 from common.models.base import load_tensors, model_digest, resolve_base, trainable_tensors
 from common.models.encoder import Encoder
@@ -77,12 +77,19 @@ class Lab:
             self._halves[name] = Halves(domain, *rows)
         return self._halves[name]
 
-    def fine_tuned(self, domain: Domain, steps: int | None = None) -> TaskVector:
-        """The vector that an owner of this data would send, read as the server reads it."""
-        training = self.run.training if steps is None else self._with_steps(steps)
-        config = self.run.model_copy(update={"training": training})
+    def fine_tuned(
+        self, domain: Domain, steps: int | None = None, config: RunConfig | None = None
+    ) -> TaskVector:
+        """The vector that an owner of this data would send, read as the server reads it.
+
+        `steps` and `config` None are those of the run.
+        """
+        config = self.run if config is None else config
+        if steps is not None:
+            training = config.training.model_copy(update={"max_steps": steps, "eval_every_steps": steps})
+            config = config.model_copy(update={"training": training})
         fitted = fine_tune(domain, self.base, config, self.out / "fits", self.report)
-        return read_vector(fitted.vector_path, self.tensors, training.vector_codec)
+        return read_vector(fitted.vector_path, self.tensors, config.training.vector_codec)
 
     def released(self) -> dict[str, TaskVector]:
         """The vector of each domain, fine-tuned on its members."""
@@ -95,9 +102,9 @@ class Lab:
         work = self.out / "merges" / key
         return run_merge(method, self.base, taus, catalogs, self.run, work, self.report).vector
 
-    def losses(self, tau: TaskVector | None, name: str) -> Doubles:
+    def losses(self, tau: TaskVector | None, domain: Domain) -> Doubles:
         """`sequence_losses` of all users of a domain under base + `tau`, None being the base: [U]."""
-        domain, positions = self.halves(name).whole, self.config.attacks.positions
+        positions = self.config.attacks.positions
         key = {"what": "losses", "positions": positions, "temperature": self.run.training.temperature}
         return kept(
             self._array(key, tau, domain),
@@ -134,9 +141,6 @@ class Lab:
             "precision": self.run.training.precision,
         }
         return self.out / "arrays" / f"{json_digest(statement)[:24]}.npy"
-
-    def _with_steps(self, steps: int) -> TrainingSection:
-        return self.run.training.model_copy(update={"max_steps": steps, "eval_every_steps": steps})
 
 
 def noise_like(tau: TaskVector, seed: int) -> TaskVector:

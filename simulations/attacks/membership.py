@@ -88,17 +88,18 @@ def halves_of(users: int, pairs: int, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def _calibrated(lab: Lab, model: str, tau: TaskVector, name: str) -> Row:
-    return _row(lab, model, name, CALIBRATED, lab.losses(None, name) - lab.losses(tau, name))
+    domain = lab.halves(name).whole
+    return _row(lab, model, name, CALIBRATED, lab.losses(None, domain) - lab.losses(tau, domain))
 
 
 def _shadowed(lab: Lab, name: str, taus: dict[str, TaskVector]) -> list[Row]:
     domain, pairs = lab.halves(name).whole, lab.config.attacks.shadow_pairs
     in_NU = halves_of(len(domain.user_ids), pairs, lab.run.run.seed)
-    base_U = lab.losses(None, name)
+    base_U = lab.losses(None, domain)
     shadows = [lab.fine_tuned(domain.with_users(np.flatnonzero(side_U))) for side_U in in_NU]
-    shadow_NU = np.stack([base_U - lab.losses(tau, name) for tau in shadows])
+    shadow_NU = np.stack([base_U - lab.losses(tau, domain) for tau in shadows])
     return [
-        _row(lab, model, name, SHADOWS, lira(base_U - lab.losses(tau, name), shadow_NU, in_NU))
+        _row(lab, model, name, SHADOWS, lira(base_U - lab.losses(tau, domain), shadow_NU, in_NU))
         for model, tau in taus.items()
     ]
 

@@ -16,6 +16,7 @@ from simulations.attacks.config import AttackConfig
 from simulations.attacks.lab import Lab
 from simulations.attacks.membership import attack_membership, membership_table
 from simulations.attacks.poisoning import attack_models, poisoning_table
+from simulations.attacks.privacy import attack_private, privacy_table
 from simulations.attacks.vocabulary import attack_vocabulary, vocabulary_table
 
 PHASE = "attacks"
@@ -25,13 +26,16 @@ ATTACKS: Mapping[str, tuple[Attack, Table]] = {
     "membership": (attack_membership, membership_table),
     "vocabulary": (attack_vocabulary, vocabulary_table),
     "poisoning": (attack_models, poisoning_table),
+    "privacy": (attack_private, privacy_table),
 }
 
 
 def run_attacks(
     config: AttackConfig, out: Path, names: Sequence[str] = (), report: Report = NO_REPORT
 ) -> list[Path]:
-    """Carry out the attacks `names` (none: all) in the folder `out`; returns the paths of the tables.
+    """Carry out the attacks `names` in the folder `out`; returns the paths of the tables.
+
+    No names: all, without `privacy` where no epsilons are given.
 
     Raises ConfigError, and what fine-tuning, merging and evaluation raise.
     """
@@ -40,7 +44,8 @@ def run_attacks(
             raise ConfigError(f"unknown attack {name!r}", next_step=suggest(name, ATTACKS))
     for method in config.merge:
         check_method(method)
-    lab, chosen = Lab(config, out, report), list(names or ATTACKS)
+    lab = Lab(config, out, report)
+    chosen = list(names) or [name for name in ATTACKS if name != "privacy" or config.attacks.epsilons]
     paths = []
     for number, name in enumerate(chosen):
         report(phase=PHASE, step=number, total=len(chosen))

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from localgrid import LocalFederation
 
-from clients.serving import current
+from clients.data.domain import Domain
+from clients.personal import interpolate, personal_model
+from clients.serving import current, recommend
 from common.config import MergeMethod
 from common.language.adapters import adapter_digest, load_adapter
 from server import rounds
@@ -42,6 +44,13 @@ def test_a_run_publishes_a_cocktail(
         for domain in federation.domains:
             installed = current(federation.path(domain))
             assert installed is not None and installed.name == adapter_digest(published)
+        home, domain = federation.path("toys"), Domain.load(federation.folder / "data" / "toys")
+        personal = interpolate(home, domain)
+        folder, kept = personal_model(home)
+        assert kept == personal and personal.universal_digest == adapter_digest(published)
+        entropies = {share: found["entropy"] for share, found in personal.metrics.items()}
+        assert entropies[f"{personal.own_share:g}"] <= entropies["0.5"]
+        assert len(recommend(folder, domain, domain.item_ids[:2], 2)) == 2
         pseudonyms = [federation.server().pseudonym(domain) for domain in federation.domains]
         texts = [path.read_text() for path in published.iterdir() if path.suffix in (".md", ".json")]
         assert not any(domain in text for domain in federation.domains for text in texts)

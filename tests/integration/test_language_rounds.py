@@ -14,6 +14,7 @@ import torch
 from localgrid import LocalFederation
 from safetensors.torch import load_file
 
+from clients.explain import explanation, in_words
 from clients.serving import current, own_model, recommend
 from common.config import RunConfig
 from common.errors import ConfigError, ModelError
@@ -163,6 +164,14 @@ def test_an_owner_recommends_with_the_installed_adapter(federation: LocalFederat
     given = recommend(folder, domain, domain.item_ids[:2], 9, candidates=domain.item_ids[3:7])
     assert {item for item, _, _ in given} == set(domain.item_ids[3:7])
     assert all(title == domain.attributes["title"][domain.item_ids.index(item)] for item, title, _ in given)
+
+
+def test_an_owner_sees_what_an_adapter_of_its_base_would_be(federation: LocalFederation) -> None:
+    home = federation.owner("toys")
+    vector = explanation(home)["vector"]
+    assert vector["adapter"] and vector["tensors"] == 2 * 2 * 7  # A and B of seven modules in two layers
+    said = "\n".join(in_words(explanation(home), home.path / "policy.toml"))
+    assert "28 tensors of an adapter of this base, with the default [lora], in bf16" in said
 
 
 def test_what_cannot_be_is_refused_before_anybody_trains(federation: LocalFederation) -> None:

@@ -16,6 +16,7 @@ from benchmarks import (
     merge_command,
     model_folders,
     outliers,
+    private_step,
     shared_prefix,
 )
 from benchmarks.measure import line, medians, take_turns
@@ -119,6 +120,14 @@ def test_ledger(tmp_path: Path) -> None:
     assert set(record["read_s"]) == {"open", "audit", "json.loads", "tree alone"}
     assert all(0 < share < 0.05 for share in record["run_share"].values())
     assert all(value > 0 for value in record["proof_us"].values())
+
+
+def test_private_step(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    private_step.main(["--repeats", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["off_by"] < 1e-4
+    assert row["ours / opacus"] > 0 and row["ours / bare"] > 0
 
 
 def test_outliers(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.language.parsing import parse_answer
@@ -68,6 +68,7 @@ marks = st.sampled_from(
 quotes = st.sampled_from(["{}", '"{}"', "\u201c{}\u201d", "'{}'", "**{}**", " {}  "])
 
 
+@settings(max_examples=60, deadline=None)
 @given(titles=titles_lists, data=st.data())
 def test_whole_titles_are_found_however_they_are_dressed(titles: list[str], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(titles))))
@@ -78,6 +79,7 @@ def test_whole_titles_are_found_however_they_are_dressed(titles: list[str], data
     assert parsed.made_up == parsed.repeated == 0
 
 
+@settings(max_examples=60, deadline=None)
 @given(titles=titles_lists, text=st.text(max_size=200))
 def test_anything_can_be_read(titles: list[str], text: str) -> None:
     parsed = parse_answer(text, titles)
@@ -87,6 +89,7 @@ def test_anything_can_be_read(titles: list[str], text: str) -> None:
     assert parsed.made_up <= len(lines)
 
 
+@settings(max_examples=60, deadline=None)
 @given(titles=titles_lists, data=st.data())
 def test_one_title_in_other_case_and_space(titles: list[str], data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(titles) - 1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from common.config import RunConfig, validate
 from common.errors import ConfigError, DataError
 from common.language.prompts import FOLDER, Template, template_names
 from common.language.records import Ranking, YesNo
@@ -19,11 +20,12 @@ def test_our_templates(name: str) -> None:
     template = Template.load(name)
     prompt = template.ranking_prompt(RANKING)
     assert "- {braces}\n- tea\n" in prompt
-    assert "- lamp\n- pot\n- 50% cup\n- mug\n" in prompt
+    shown = [template.ranking.candidate_item.format(title=title) for title in RANKING.candidates]
+    assert "\n".join(shown) + "\n" in prompt
     assert prompt.endswith("\n")
     assert template.yes_no_prompt(YesNo("u", "{Is} it?", None)).count("{Is} it?") == 1
-    assert template.ranking_answer(RANKING).splitlines()[0] == "50% cup"
-    assert template.candidate_answers(RANKING)[1].strip("\n") == "pot"
+    assert template.ranking_answer(RANKING).splitlines()[0].removeprefix("- ") == "50% cup"
+    assert template.candidate_answers(RANKING)[1].strip("\n").removeprefix("- ") == "pot"
 
 
 def test_answers_name_so_many_titles() -> None:
@@ -70,6 +72,12 @@ def test_wrong_templates_are_named(tmp_path: Path, old: str, new: str, words: st
 def test_an_unknown_template_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'ranking'"):
         Template.load("rankings")
+
+
+@pytest.mark.parametrize("path", ["/etc/mine.toml", "mine.toml", "../templates/ranking"])
+def test_a_run_cannot_name_a_path(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"instruction\.template"):
+        validate({"instruction": {"template": path}, "lora": {}}, RunConfig, where="run")
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def test_candidate_scores_are_exact(
             assert score == pytest.approx(naive_mean(lm, lm.encode(prompt), answer), abs=1e-4)
 
 
+def test_half_precision_is_near(tiny_causal: Path, lm: Any, rankings: list[Ranking]) -> None:
+    half = load_causal(tiny_causal, precision="bf16")
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    for own, near in zip(
+        candidate_scores(lm, TEMPLATE, rankings), candidate_scores(half, TEMPLATE, rankings), strict=True
+    ):
+        assert near.dtype == torch.float32
+        torch.testing.assert_close(near, own, atol=0.1, rtol=0.05)
+
+
 def test_answer_losses(lm: Any, rankings: list[Ranking]) -> None:
     pairs = [(TEMPLATE.ranking_prompt(ranking), ranking.candidates[0]) for ranking in rankings]
     losses_N = answer_losses(lm, pairs, 2)

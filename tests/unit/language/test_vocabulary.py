@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ModelError
@@ -54,6 +54,7 @@ def tiny_list(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str],
     return load_vocabulary(path), ["<unk>", "<s>", "</s>", *[""] * 256, *PIECES], scores
 
 
+@settings(max_examples=60, deadline=None)
 @given(text=st.text("abnd \u00e9z\u2713", min_size=1, max_size=30))
 def test_it_is_the_plain_algorithm(tiny_list: tuple[Any, list[str], list[float]], text: str) -> None:
     tokenizer, pieces, scores = tiny_list
@@ -69,6 +70,8 @@ def test_wrong_lists_are_named(tmp_path: Path) -> None:
     for bad, words in (
         ({**good, "scores": good["scores"][1:]}, "differ in number"),
         ({**good, "tokens": [*good["tokens"][:-1], "a"]}, "occurs twice"),
+        ({**good, "tokens": [*good["tokens"][:-1], 7]}, "'tokens' is no list of its kind"),
+        ({**good, "scores": "high"}, "'scores' is no list of its kind"),
         ({name: values[:100] for name, values in good.items()}, "byte token <0x61> is missing"),
     ):
         path.write_text(json.dumps(bad))

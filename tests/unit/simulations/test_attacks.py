@@ -90,12 +90,12 @@ def test_a_model_that_knows_its_users_by_heart_is_found_and_noise_is_not(
     lab = changed(lab, **by_heart)
     halves = lab.halves("beds")
     assert sorted([*halves.members, *halves.others]) == list(range(16))
-    tau, base_U = lab.fine_tuned(halves.trained_on), lab.losses(None, "beds")
-    gain_U = base_U - lab.losses(tau, "beds")
+    tau, base_U = lab.fine_tuned(halves.trained_on), lab.losses(None, halves.whole)
+    gain_U = base_U - lab.losses(tau, halves.whole)
     assert assess(gain_U[halves.members], gain_U[halves.others]).auc > 0.8
     noise = noise_like(tau, 1)
     assert norm_of(noise) == pytest.approx(norm_of(tau), rel=1e-4)
-    gain_U = base_U - lab.losses(noise, "beds")
+    gain_U = base_U - lab.losses(noise, halves.whole)
     control = assess(gain_U[halves.members], gain_U[halves.others])
     assert control.auc_low < 0.5 < control.auc_high
 
@@ -189,3 +189,25 @@ def test_what_cannot_be_is_refused_with_what_can(config: AttackConfig, tmp_path:
     (tmp_path / "a.toml").write_text("publish = 'ties'\n[attacks]\nattacker = 'cup'\n" + entries)
     with pytest.raises(ConfigError, match="no domain 'cup'"):
         load_attacks(tmp_path / "a.toml")
+
+
+def test_what_privacy_costs_and_leaves(config: AttackConfig, tmp_path: Path) -> None:
+    section = config.attacks.model_copy(
+        update={"epsilons": (1.0, 100.0), "private_batch_size": 8, "private_steps": 3, "tested": 12}
+    )
+    config = config.model_copy(update={"attacks": section})
+    (path,) = run_attacks(config, tmp_path / "attacks", ["privacy"])
+    zero_shot, plain, *private = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert zero_shot["gain"] is None and zero_shot["calibrated"] is None
+    assert plain["epsilon"] is None and plain["gain_error"] > 0
+    tight, loose = private
+    assert 0.9 < tight["epsilon"] <= 1.0 and 95 < loose["epsilon"] <= 100
+    assert tight["noise"] > 2 * loose["noise"] and tight["delta"] == 1e-5
+    for row in (plain, tight, loose):
+        assert row["calibrated"]["members"] == row["calibrated"]["others"] == 12
+        assert row["shadows"]["auc_low"] <= row["shadows"]["auc"] <= row["shadows"]["auc_high"]
+        assert set(row["recall"]) == set(row["ndcg"]) == {"members", "others"}
+    lines = path.read_text().splitlines()
+    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+    again = run_attacks(config, tmp_path / "attacks", ["privacy"])[0]
+    assert json.loads(again.with_suffix(".json").read_text())["rows"] == [zero_shot, plain, *private]

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from clients.training.adapters import keep_few_activations
 from clients.training.fit import fine_tune
+from clients.training.job import ReleaseLimit
 from clients.training.language import (
     AnswerTower,
     InstructionBatches,
     load_language,
     wear,
 )
-from clients.training.ranking import evaluate_domain
+from clients.training.leakage import check_release, hold_out
+from clients.training.ranking import evaluate_domain, user_losses
 from clients.training.trainer import EncoderTrainer
 from common.config import RunConfig
 from common.crossing import crossing_tensors
@@ -220,3 +222,15 @@ def test_the_best_tensors_are_those_of_the_best_step(qwen2: Path, pico_domain: A
     assert result.best_step == 3
     assert set(load_file(result.vector_path)) == set(crossing_tensors(qwen2, language_config()))
     assert Template.load("ranking").answer_titles == 3
+
+
+def test_a_release_limit_is_held_against_an_adapter(qwen2: Path, pico_domain: Any, tmp_path: Path) -> None:
+    config = language_config(max_steps=2, eval_every_steps=2)
+    rows = hold_out(pico_domain, 10, config.run.seed)
+    trained_on = pico_domain.with_users(rows[0])
+    fitted = fine_tune(trained_on, qwen2, config, tmp_path)
+    found = check_release(fitted, pico_domain, rows, qwen2, config, ReleaseLimit(max_tpr=1.0))
+    assert (found.members, found.others) == (10, 10) and 0 <= found.auc <= 1
+    lm = load_language(qwen2, config, device="cpu")
+    loss_U = user_losses(lm, pico_domain, config)
+    assert loss_U.shape == (len(pico_domain.user_ids),) and (loss_U > 0).all()
