@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import ConfigError
+from simulations.seeds import seed_numbers
 
 simulate = typer.Typer(add_completion=False)
 demo = typer.Typer(add_completion=False)
@@ -57,10 +57,7 @@ def study_command(
     from simulations.config import load_simulation
     from simulations.study.run import run_study, shown
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {seeds!r}", next_step="write whole numbers: --seeds 0,1,2") from None
+    numbers = seed_numbers(seeds)
     with shown(out) as report:
         path = run_study(table, load_simulation(config), out, numbers, report)
     typer.echo(path.read_text(encoding="utf-8"))

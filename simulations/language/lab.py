@@ -1,0 +1,130 @@
+"""Adapters and prompts of a study on a small language model, each made once and kept on disk.
+
+    out/seed-0/data/   prepared domains      out/seed-0/fits/   fine-tuned adapters
+
+One seed draws the users, fine-tunes and merges. Interrupted, what is finished is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from clients.data.domain import Domain
+from clients.data.instructions import rankings_of
+from clients.training.fit import fine_tune
+from common.config import InstructionSection, LoraSection, RunConfig
+from common.crossing import crossing_tensors
+from common.errors import ConfigError
+from common.language.adapters import Adapter
+from common.language.evaluation import evaluate_rankings
+from common.language.model import CausalLM, load_causal
+from common.language.prompts import Template
+from common.language.records import Ranking
+from common.language.samples import Sample
+from common.models.base import model_digest
+from common.progress import NO_REPORT, Report
+from common.vectors import read_vector
+from simulations.language.config import LanguageConfig
+from simulations.language.text import cut
+from simulations.simulate import prepare_source
+
+Protocol = Literal["warm", "cold"]
+TARGET = -1  # the part of a domain's users that no adapter is trained on
+
+
+class LanguageLab:
+    """One seed of a study; `base` is the folder of the model. Raises ConfigError without `[lora]`."""
+
+    def __init__(self, config: LanguageConfig, base: Path, out: Path, report: Report = NO_REPORT) -> None:
+        if config.lora is None or config.instruction is None:
+            raise ConfigError("a study of adapters needs the sections [lora] and [instruction]")
+        self.lora: LoraSection = config.lora
+        self.instruction: InstructionSection = config.instruction
+        self.template = Template.load(self.instruction.template)
+        self.base, self.folder = base, out / f"seed-{config.run.seed}"
+        self.config, self._report = config, report
+        self._domains: dict[str, Domain] = {}
+
+    @cached_property
+    def lm(self) -> CausalLM:
+        """The base without an adapter, on the CPU in float32."""
+        return load_causal(self.base, precision="fp32")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the base."""
+        return model_digest(self.base)
+
+    @cached_property
+    def run(self) -> RunConfig:
+        """What an owner's training reads."""
+        run = self.config.run_config()
+        return run.model_copy(update={"base": run.base.model_copy(update={"model": str(self.base)})})
+
+    @property
+    def names(self) -> list[str]:
+        """The domains, in the configuration's order."""
+        return [source.name for source in self.config.domain]
+
+    def domain(self, name: str) -> Domain:
+        """The prepared domain with its titles cut as the model learned them."""
+        if name not in self._domains:
+            domain = Domain.load(prepare_source(self.config, name, self.folder))
+            words = self.config.pretraining.title_words
+            titles = [cut(title, words) for title in domain.attributes["title"]]
+            self._domains[name] = replace(domain, attributes={**domain.attributes, "title": titles})
+        return self._domains[name]
+
+    def part(self, name: str, number: int) -> Domain:
+        """A seeded part of the domain's users; `TARGET` is the last one, of which no adapter is made."""
+        domain, parts = self.domain(name), self.config.tables.parts
+        order = np.random.default_rng([self.config.run.seed, len(domain.user_ids)]).permutation(
+            len(domain.user_ids)
+        )
+        return domain.with_users(np.sort(np.array_split(order, parts)[number]))
+
+    def adapter(self, domain: Domain) -> Adapter:
+        """The adapter fine-tuned on the domain."""
+        fitted = fine_tune(domain, self.base, self.run, self.folder / "fits", self._report)
+        table = crossing_tensors(self.base, self.run)
+        return dict(read_vector(fitted.vector_path, table, self.run.training.vector_codec))
+
+    def rankings(
+        self,
+        domain: Domain,
+        split: Literal["train", "valid", "test"],
+        users: int,
+        protocol: Protocol = "warm",
+    ) -> list[Ranking]:
+        """Labelled prompts of at most `users` users."""
+        section = self.instruction
+        return rankings_of(
+            domain, split, self.config.run.seed, section.candidates, protocol,
+            history_items=section.history_items, max_users=users,
+        )  # fmt: skip
+
+    def samples(self, domain: Domain, split: Literal["train", "valid"], users: int) -> list[Sample]:
+        """The same as prompt and answer."""
+        fitted = [
+            self.template.fit(ranking, self.lm.encode, self.instruction.max_prompt_tokens)
+            for ranking in self.rankings(domain, split, users)
+        ]
+        return [(self.template.ranking_prompt(one), self.template.ranking_answer(one)) for one in fitted]
+
+    def measure(self, rankings: list[Ranking]) -> Callable[[CausalLM], Mapping[str, float]]:
+        """NDCG@1 and NDCG@3 of a model on these prompts."""
+
+        def measured(lm: CausalLM) -> dict[str, float]:
+            found = evaluate_rankings(
+                lm, self.template, rankings, batch_size=self.config.evaluation.batch_size,
+                max_prompt_tokens=self.instruction.max_prompt_tokens, report=self._report,
+            )  # fmt: skip
+            return {name: found.metrics[name] for name in ("ndcg@1", "ndcg@3")}
+
+        return measured
