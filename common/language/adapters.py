@@ -206,10 +206,17 @@ def load_adapter(folder: Path) -> tuple[LoraSection, Adapter]:
     one that is extra, missing, misshapen or not finite.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     lora = read_lora(folder)
-    tensors = {name: tensor.to(torch.float32) for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    try:
+        stored = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError):
+        raise VectorError(
+            f"{folder / WEIGHTS_FILE}: not a safetensors file", next_step="obtain the adapter again"
+        ) from None
+    tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
     paths = {match[1] for name in tensors if (match := _TENSOR.fullmatch(name))}
     table: dict[str, tuple[int, ...]] = {}
     for path in paths:

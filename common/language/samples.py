@@ -13,7 +13,7 @@ Sample = tuple[str, str]  # a prompt and its answer
 def read_samples(path: Path) -> list[Sample]:
     """The samples of `path` in their order. Raises DataError naming file and line, and for none at all."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{path}: not a readable UTF-8 file", next_step="check the path") from None
     samples = []
@@ -22,7 +22,7 @@ def read_samples(path: Path) -> list[Sample]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         keys = ("prompt", "answer")
         if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):

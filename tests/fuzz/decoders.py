@@ -83,6 +83,6 @@ def made(name: str, folder: Path) -> Decoder:
 
 
 def _all() -> dict[str, Make]:
-    from fuzz import crossings, files, logs, models, sources, statements  # noqa: F401 - they register theirs
+    from fuzz import crossings, files, language, logs, models, sources, statements  # noqa: F401 - they register theirs
 
     return DECODERS

@@ -84,7 +84,7 @@ def _model_files(seed: int) -> dict[str, bytes]:
     return {"config.json": encoded(CONFIG), MODEL: save(_tensors(seed), {"format": "pt"})}
 
 
-def _adapter_files(seed: int) -> dict[str, bytes]:
+def adapter_files(seed: int) -> dict[str, bytes]:
     return {"adapter_config.json": encoded(LORA), ADAPTER: save(_factors(seed))}
 
 
@@ -108,7 +108,7 @@ def _sharded_files() -> dict[str, bytes]:
 
 def _fuzzed_file(files: dict[str, bytes], fuzzed: str, *, adapter: bool) -> Make:
     def make(folder: Path) -> Decoder:
-        other = _adapter_files(3) if adapter else _model_files(3)
+        other = adapter_files(3) if adapter else _model_files(3)
         _write(folder / "base", _model_files(1))
         _write(folder / "other", other)
         _write(folder / "given", files)
@@ -148,5 +148,5 @@ for _name in _model_files(2):
     DECODERS[f"model-folder-{_name.split('.')[0]}"] = _fuzzed_file(_model_files(2), _name, adapter=False)
 DECODERS["model-folder-modules"] = _fuzzed_file(_sentence_files(), "modules.json", adapter=False)
 DECODERS["model-folder-index"] = _fuzzed_file(_sharded_files(), "model.safetensors.index.json", adapter=False)
-for _name in _adapter_files(2):
-    DECODERS[f"adapter-folder-{_name.split('.')[0]}"] = _fuzzed_file(_adapter_files(2), _name, adapter=True)
+for _name in adapter_files(2):
+    DECODERS[f"adapter-folder-{_name.split('.')[0]}"] = _fuzzed_file(adapter_files(2), _name, adapter=True)

@@ -26,6 +26,8 @@ from common.catalog import Catalog
 from common.config import RunConfig, load_toml
 from common.errors import ConfigError, DataError, ModelError, ParcelError, VectorError
 from common.kit import read_kit
+from common.language.adapters import load_adapter
+from common.language.samples import read_samples
 from common.orders import PAYLOAD_TYPE, Order
 from common.signing import SigningKey, seal
 from common.tensorfile import read_tensors
@@ -33,6 +35,7 @@ from common.tls import create_ca, sign_csr
 from common.wire import exchange_pb2 as pb
 from common.wire import exchange_pb2_grpc as rpc
 from common.wire.link import connect
+from fuzz.models import ADAPTER, adapter_files
 from server.engine.recipe import read_recipe
 from server.folders import open_folder
 
@@ -223,3 +226,17 @@ def test_a_model_folder_with_strange_names(tmp_path: Path, name: str, content: b
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError):
         open_folder(tmp_path)
+
+
+def test_an_adapter_folder_that_is_no_safetensors(tmp_path: Path) -> None:
+    for name, content in adapter_files(0).items():
+        (tmp_path / name).write_bytes(content)
+    load_adapter(tmp_path)
+    (tmp_path / ADAPTER).write_bytes(b"\0" * 9)
+    with pytest.raises(VectorError, match="not a safetensors file"):
+        load_adapter(tmp_path)
+
+
+def test_a_line_separator_within_a_sample(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt":"a\u2028b","answer":"c"}\n', encoding="utf-8")
+    assert read_samples(tmp_path / "x.jsonl") == [("a\u2028b", "c")]
