@@ -31,7 +31,7 @@ from torch import Tensor
 
 from clients.training.accounting import epsilon
 from common.config import Frozen, LoraSection
-from common.digests import json_digest, vector_digest
+from common.digests import json_digest
 from common.errors import DataError, PolicyError
 from common.language.model import CausalLM
 from common.language.pool import Candidate, Pool
@@ -111,7 +111,6 @@ class Answers:
         self._counts = [len(user.samples) for user in users]
         lm.attach(lora)
         self._validation = Validation(lm, [sample for user in users for sample in user.samples], batch_size)
-        self._adapters = {label: vector_digest(pool.adapter(label)) for label in pool.labels}
         self._kept = Trajectory(folder / ANSWERS_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         lines = read_trajectory(self._kept.path)
@@ -125,7 +124,7 @@ class Answers:
 
     def __call__(self, candidate: Candidate) -> int:
         """The domain's loss with this candidate, in thousandths. Raises PolicyError with the budget spent."""
-        digest = json_digest({"adapters": self._adapters, "candidate": asdict(candidate)})
+        digest = json_digest({"adapters": self._pool.digests, "candidate": asdict(candidate)})
         if digest not in self._given:
             if self.left <= 0:
                 raise PolicyError(

@@ -13,6 +13,7 @@ import typer
 
 from common.console import errors_as_exit, progress_bars
 from common.errors import ConfigError
+from common.models.device import default_device
 
 app = typer.Typer(help="Measure causal language models on your own data.", no_args_is_help=True)
 
@@ -173,10 +174,7 @@ def mix_command(
 
 def _where(precision: str, device: str) -> tuple[Literal["auto", "fp32", "bf16"], str]:
     _one_of("--precision", precision, ("auto", "fp32", "bf16"))
-    import torch
-
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return cast(Literal["auto", "fp32", "bf16"], precision), where
+    return cast(Literal["auto", "fp32", "bf16"], precision), default_device(device)
 
 
 def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> Any:

@@ -22,6 +22,7 @@ from common.errors import BaseMismatchError, ConfigError
 from common.files import replace_folder, write_atomic
 from common.language.adapters import folder_digest, is_adapter
 from common.models.base import model_digest, save_model
+from common.models.device import default_device
 from common.progress import NO_REPORT, Report
 
 if TYPE_CHECKING:
@@ -106,8 +107,6 @@ def _cocktail(
     home: Path, folders: dict[str, Path], config: RunConfig, domain: Domain, report: Report
 ) -> Personal:
     """The personal model of two adapters; raises ConfigError where they are not a language model's."""
-    import torch
-
     from clients.training.adapters import required_base
     from clients.training.cocktail import mix_in_domain
     from common.language.ablation import INGREDIENT, SPIRIT
@@ -126,7 +125,7 @@ def _cocktail(
             required_base(folders["own"]), folders["universal"], folders["own"], domain, chosen,
             options=CocktailOptions(seed=config.run.seed), instruction=config.instruction,
             precision=config.training.precision,
-            device="cuda" if torch.cuda.is_available() else "cpu", report=report,
+            device=default_device(), report=report,
         )  # fmt: skip
         share, held_back = round(made.weights["all"][INGREDIENT], 4), made.facts["held_back_loss"]
         entropies = {

@@ -22,12 +22,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import BaseMismatchError, ModelError, VectorError
-from common.models.weights import FLOAT_DTYPES, read_weights
+from common.models.weights import FLOAT_DTYPES, read_shards, read_weights
 
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
-_SHARD = r"[\w.-]{1,80}\.safetensors"
 MAX_PATH = 200
 _MODULE = r"([\w-][\w.-]*(/[\w-][\w.-]*)*/?)?"
 FLOATS = frozenset({"F32", "BF16", "F16"})
@@ -212,7 +211,7 @@ def _weight_files(folder: Path, module: str, prefix: str) -> list[WeightFile]:
     """The weights of one module, shards in the order of their names."""
     where = folder / module
     if (where / INDEX).is_file():
-        shards = _shards(where / INDEX)
+        shards = read_shards(where / INDEX)
         names = sorted(set(shards.values()))
         files = [
             _weight_file(folder, module, name, prefix, str(PurePosixPath(module) / INDEX)) for name in names
@@ -244,20 +243,6 @@ def _weight_file(folder: Path, module: str, name: str, prefix: str, index: str |
         for entry in read_weights(path)
     )
     return WeightFile(relative, index, tensors)
-
-
-def _shards(index: Path) -> dict[str, str]:
-    data = _read_json(index)
-    shards = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(shards, dict) or not shards:
-        raise ModelError(f"{index}: has no weight_map", next_step="obtain the model again")
-    for name, file in shards.items():
-        if not isinstance(file, str) or not re.fullmatch(_SHARD, file):
-            raise ModelError(
-                f"{index}: tensor {name!r} is not in a safetensors file of this folder",
-                next_step="save the model as safetensors (save_pretrained does)",
-            )
-    return shards
 
 
 def _read_json(path: Path) -> Any:

@@ -38,6 +38,7 @@ from common.errors import ModelError
 from common.files import sha256_file, write_atomic
 from common.language.adapters import save_adapter
 from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
+from common.models.device import default_device
 from common.models.encoder import Encoder
 from common.parcels import Privacy
 from common.progress import NO_REPORT, Report
@@ -174,7 +175,7 @@ def load_encoder(
     return load_adapted(
         folder,
         pooling=config.base.pooling,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=default_device(device),
         precision=config.training.precision,
         dropout=dropout if training else None,
         for_training=training,

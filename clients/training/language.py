@@ -30,6 +30,7 @@ from common.language.model import CausalLM, load_causal
 from common.language.prompts import Template
 from common.language.records import Ranking
 from common.language.scoring import whole_log_likelihoods
+from common.models.device import default_device
 from common.parcels import Privacy
 from common.progress import Report
 
@@ -53,7 +54,7 @@ def load_language(
     lm = load_causal(
         base,
         precision=config.training.precision,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=default_device(device),
     )
     lm.attach(lora)
     wear(lm, base, config, adapter)

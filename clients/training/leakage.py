@@ -28,6 +28,7 @@ from clients.training.job import ReleaseLimit
 from common.config import RunConfig
 from common.errors import ConfigError, LeakageError
 from common.files import write_atomic
+from common.metrics import auc
 from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 
@@ -188,10 +189,9 @@ def check_release(
 
 
 def _auc(member_U: Doubles, other_U: Doubles) -> float:
-    """P(member > other) + P(equal) / 2."""
-    ordered = np.sort(other_U)
-    below = np.searchsorted(ordered, member_U, "left") + np.searchsorted(ordered, member_U, "right")
-    return float(below.mean() / (2 * len(ordered)))
+    """How well scores tell members from others."""
+    label_N = torch.arange(len(member_U) + len(other_U)) < len(member_U)
+    return auc(torch.from_numpy(np.concatenate([member_U, other_U])), label_N)
 
 
 def _tpr(member_U: Doubles, other_U: Doubles) -> float:

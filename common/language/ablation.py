@@ -35,7 +35,7 @@ from common.language.options import CocktailOptions
 from common.language.prompts import Template
 from common.progress import NO_REPORT, Report, prefixed
 
-SPIRIT, INGREDIENT = "base spirit", "ingredient"
+SPIRIT, INGREDIENT = "base spirit", "ingredient"  # no domain can be called so
 Evaluate = Callable[[CausalLM], Mapping[str, float]]
 Tune = Callable[[Adapter], Adapter]
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from common.digests import vector_digest
 from common.errors import ConfigError, VectorError
+from common.language.mixing import A_SUFFIX
 
 DIGITS = 6  # of every number of a candidate: what crosses is exactly what was scored
-_A = ".lora_A.weight"
 _ABOVE_ALL, _NOTHING = 1e30, 1e-30  # as borders: no entry is kept; every entry that is not zero
 
 
@@ -76,11 +78,18 @@ class Pool:
             for name in self.shapes
         }
         self._borders_NX = {
-            name: _borders(values_NX) for name, values_NX in self._stacks_NX.items() if name.endswith(_A)
+            name: _borders(values_NX)
+            for name, values_NX in self._stacks_NX.items()
+            if name.endswith(A_SUFFIX)
         }
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Each adapter's label and the digest of its values: what a journal of losses belongs to."""
+        return {label: vector_digest(self.adapter(label)) for label in self.labels}
 
     def adapter(self, label: str) -> dict[str, Tensor]:
         """One adapter as it was given, in float32."""
@@ -100,7 +109,7 @@ class Pool:
             groups.setdefault(candidate.ratios, []).append(place)
         mixed: list[dict[str, Tensor]] = [{} for _ in candidates]
         for name, shape in self.shapes.items():
-            if name.endswith(_A):
+            if name.endswith(A_SUFFIX):
                 out_CX = torch.empty(len(candidates), math.prod(shape))
                 for ratios, places in groups.items():
                     out_CX[places] = self._mix_sparse(name, ratios, scales_CN[places])

@@ -42,16 +42,18 @@ def candidate_scores(
     found: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(rankings), batch_size):
-            chosen = rankings[start : start + batch_size]
-            prompts = [template.ranking_prompt(ranking) for ranking in chosen]
-            answers = [
-                lm.encode_answers(
-                    prompt, template.candidate_answers(ranking), end=template.answer_titles == 1
-                )
-                for prompt, ranking in zip(prompts, chosen, strict=True)
-            ]
-            found += answer_scores(lm, [lm.encode(prompt) for prompt in prompts], answers)
+            found += candidate_likelihoods(lm, template, rankings[start : start + batch_size])
     return found
+
+
+def candidate_likelihoods(lm: CausalLM, template: Template, rankings: Sequence[Ranking]) -> list[Tensor]:
+    """`candidate_scores` of all rankings together, with gradient where grad is enabled."""
+    prompts = [template.ranking_prompt(ranking) for ranking in rankings]
+    answers = [
+        lm.encode_answers(prompt, template.candidate_answers(ranking), end=template.answer_titles == 1)
+        for prompt, ranking in zip(prompts, rankings, strict=True)
+    ]
+    return answer_scores(lm, [lm.encode(prompt) for prompt in prompts], answers)
 
 
 def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:

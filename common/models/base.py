@@ -24,7 +24,7 @@ import numpy as np
 from common.config import EMBEDDED_BASE
 from common.errors import ModelError, StorageError, VectorError
 from common.files import replace_folder
-from common.models.weights import FLOAT_DTYPES, WeightEntry, read_weights, tensor_table
+from common.models.weights import FLOAT_DTYPES, WeightEntry, read_shards, read_weights, tensor_table
 from common.tensorfile import as_float32
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ModelError naming what is missing.
     """
     indexed = not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file()
-    names = {WEIGHTS}
-    if indexed:
-        shards = _read_json(folder / INDEX).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ModelError(f"{folder / INDEX}: not an index of shards", next_step="obtain the model again")
+    names = set(read_shards(folder / INDEX).values()) if indexed else {WEIGHTS}
     for name in ("config.json", *sorted(names)):
         if not (folder / name).is_file():
             raise ModelError(

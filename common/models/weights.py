@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+_SHARD = r"[\w.-]{1,80}\.safetensors"
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -63,6 +65,27 @@ def read_weights(path: Path) -> list[WeightEntry]:
     if position != size_bytes:
         raise _malformed(path, f"it has {size_bytes} bytes where its tensors end at {position}")
     return entries
+
+
+def read_shards(index: Path) -> dict[str, str]:
+    """Tensor to file of a sharded model's index; every file is a safetensors file beside it.
+
+    Raises ModelError.
+    """
+    try:
+        data = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{index}: not readable as JSON", next_step="obtain the model again") from None
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{index}: has no weight_map", next_step="obtain the model again")
+    for name, file in shards.items():
+        if not isinstance(file, str) or not re.fullmatch(_SHARD, file):
+            raise ModelError(
+                f"{index}: tensor {name!r} is not in a safetensors file of this folder",
+                next_step="save the model as safetensors (save_pretrained does)",
+            )
+    return shards
 
 
 def tensor_table(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import click
 from common.config import validate
 from common.console import errors_as_exit, progress_bars
 from common.errors import ConfigError
+from common.models.device import default_device
 from server.engine.cli import parse_options, split_label
 from server.evolution.options import EvolutionOptions
 
@@ -58,7 +59,6 @@ def evolve(
     """Merge adapters of one base by Evo-Merging. Interrupted, the same command goes on."""
     with errors_as_exit():
         search = validate(parse_options(options), EvolutionOptions, where="--option")
-        import torch
 
         from common.digests import json_digest
         from common.language.samples import read_samples
@@ -86,7 +86,7 @@ def evolve(
                 domain=domain,
                 seed=seed,
                 batch_size=batch_size,
-                device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+                device=default_device(device),
                 workers=workers,
                 report=report,
             )

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from common.config import LoraSection
-from common.digests import json_digest, vector_digest
+from common.digests import json_digest
 from common.errors import ConfigError, suggest
 from common.files import write_atomic
 from common.language.adapters import Adapter, adapter_tensors, initial_adapter, load_adapter, save_adapter
@@ -104,7 +104,7 @@ def compare(
     processes = ScoringWorkers(base, lora, samples, workers, batch_size) if workers > 1 else None
     fitness = ScoringFitness(lm, lora, pool, digest, samples, batch_size, processes)
     key = {
-        "adapters": {label: vector_digest(pool.adapter(label)) for label in pool.labels},
+        "adapters": pool.digests,
         "fitness": fitness.key,
         "options": options.model_dump(mode="json"),
         "measure": measure_key,
@@ -200,7 +200,7 @@ class _Makers:
         bound = self.options.bound
         stage = Stage("scales", start, -bound, bound, penalty, seed=self.seed, **settings)
         ones = (1.0,) * len(self.pool)
-        inputs = {"stage": asdict(stage), "fitness": self.fitness.key, "adapters": list(self.pool.labels)}
+        inputs = {"stage": asdict(stage), "fitness": self.fitness.key, "adapters": self.pool.digests}
         record = Record(self.work / method / RECORD_FILE, inputs)
         found = scale_search(stage, ones, self.fitness, record, report)
         scales = dict(zip(self.pool.labels, found.point, strict=True))

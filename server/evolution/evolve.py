@@ -22,7 +22,6 @@ from typing import Any
 
 from torch import Tensor
 
-from common.digests import vector_digest
 from common.language.pool import Candidate, Pool
 from common.progress import NO_REPORT, Report
 from server.evolution.fitness import Fitness
@@ -114,7 +113,7 @@ def scale_search(stage: Stage, ratios: Point, fitness: Fitness, record: Record, 
 def _inputs(pool: Pool, fitness: Fitness, options: EvolutionOptions, seed: int) -> Mapping[str, Any]:
     """All that the result follows from."""
     return {
-        "adapters": {label: vector_digest(pool.adapter(label)) for label in pool.labels},
+        "adapters": pool.digests,
         "fitness": dict(fitness.key),
         "options": options.model_dump(mode="json"),
         "seed": seed,

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from common.config import InstructionSection
 from common.digests import json_digest
 from common.errors import ConfigError, suggest
+from common.language.ablation import INGREDIENT, SPIRIT
 from common.language.adapters import Adapter
 from common.language.options import CocktailOptions, WeightOptions
 from common.language.records import Ranking
@@ -32,10 +32,8 @@ from server.language.spirit import spirit
 from server.learning.losses import LOSSES, Loss, Scores
 
 if TYPE_CHECKING:
-    from common.language.model import CausalLM
-    from common.language.prompts import Template
+    from server.language.ranker import Ranker
 
-SPIRIT, INGREDIENT = "base spirit", "ingredient"  # no domain can be called so
 ROLL_OUT_TEMPERATURE = 0.5
 
 
@@ -112,20 +110,20 @@ def _mix(
 ) -> AdapterResult:
     """`adapters` (label -> adapter) by entropy-guided weights on pseudo-users of `domains`."""
     from common.language.cocktail import mix_by_entropy
+    from server.language.ranker import Ranker
 
-    lm, template, instruction = _prepare(inputs)
-    rankings = _pseudo(inputs, options, lm, template, domains)
+    ranker = Ranker.load(inputs, domains)
     mixed = mix_by_entropy(
-        lm,
+        ranker.lm,
         model_digest(inputs.base),
         inputs.lora,
         adapters,
-        template,
-        [ranking for own in rankings.values() for ranking in own],
+        ranker.template,
+        [ranking for own in _pseudo(inputs, options, ranker).values() for ranking in own],
         options,
         inputs.work,
         rank=inputs.lora.rank,
-        most_tokens=instruction.max_prompt_tokens,
+        most_tokens=ranker.instruction.max_prompt_tokens,
         report=inputs.report,
     )
     facts = {**mixed.facts, **({"spirit": dict(spirit_facts)} if spirit_facts else {})}
@@ -151,13 +149,14 @@ for _loss in LOSSES.values():
 def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> AdapterResult:
     """The merging engine's learned coefficients, extended to adapters: `loss` over candidates' scores."""
     from common.language.cocktail import mix_by
-    from common.language.scoring import answer_scores
+    from common.language.scoring import candidate_likelihoods
+    from server.language.ranker import Ranker
 
-    lm, template, instruction = _prepare(inputs)
-    most = min(instruction.max_prompt_tokens, lm.max_tokens // 2)
+    ranker = Ranker.load(inputs, inputs.adapters)
+    lm, template = ranker.lm, ranker.template
     rankings, domains = [], []
-    for domain, own in _pseudo(inputs, options, lm, template, list(inputs.adapters)).items():
-        rankings += [template.fit(ranking, lm.encode, most) for ranking in own]
+    for domain, own in _pseudo(inputs, options, ranker).items():
+        rankings += ranker.fit(own)
         domains += [domain] * len(own)
 
     def scores(numbers: Sequence[int]) -> Tensor:
@@ -165,17 +164,12 @@ def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> Adapter
         rows = []
         for start in range(0, len(numbers), options.batch_size):
             chosen = [rankings[n] for n in numbers[start : start + options.batch_size]]
-            prompts = [template.ranking_prompt(ranking) for ranking in chosen]
-            answers = [
-                lm.encode_answers(prompt, template.candidate_answers(ranking))
-                for prompt, ranking in zip(prompts, chosen, strict=True)
-            ]
-            rows += answer_scores(lm, [lm.encode(prompt) for prompt in prompts], answers)
+            rows += candidate_likelihoods(lm, template, chosen)
         return torch.stack(rows)
 
     t_NI = torch.empty(len(rankings), 0)
     if loss.teacher:
-        t_NI = torch.empty(len(rankings), instruction.candidates)
+        t_NI = torch.empty(len(rankings), ranker.instruction.candidates)
         for domain in dict.fromkeys(domains):
             inputs.report(phase="teachers", step=domains.index(domain), total=len(domains))
             numbers = [n for n, name in enumerate(domains) if name == domain]
@@ -213,42 +207,18 @@ def learn(inputs: AdapterInputs, options: LearnedOptions, loss: Loss) -> Adapter
     return AdapterResult(mixed.adapter, mixed.facts, mixed.weights)
 
 
-def _prepare(inputs: AdapterInputs) -> tuple[CausalLM, Template, InstructionSection]:
-    from common.language.model import load_causal
-    from common.language.prompts import Template
-
-    instruction = inputs.config.instruction or InstructionSection()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = load_causal(inputs.base, precision=inputs.config.learning.precision, device=device)
-    return lm, Template.load(instruction.template), instruction
-
-
 def _pseudo(
-    inputs: AdapterInputs,
-    options: PseudoOptions | LearnedOptions,
-    lm: CausalLM,
-    template: Template,
-    domains: Sequence[str],
+    inputs: AdapterInputs, options: PseudoOptions | LearnedOptions, ranker: Ranker
 ) -> dict[str, list[Ranking]]:
     """Pseudo-users' rankings; those that are rolled out are so by the adapter of their own domain."""
     from common.language.scoring import candidate_scores
 
-    missing = sorted(set(domains) - inputs.catalogs.keys())
-    if missing:
-        raise ConfigError(
-            f"no catalog of domain {missing[0]!r} to make prompts of", next_step="ask its owner for it"
-        )
-    instruction = inputs.config.instruction or InstructionSection()
-    generator = torch.Generator().manual_seed(options.seed)
+    lm, generator = ranker.lm, torch.Generator().manual_seed(options.seed)
 
     def choose(domain: str, rankings: Sequence[Ranking]) -> list[int]:
         lm.attach(inputs.lora, inputs.adapters[domain])
         try:
-            fitted = [
-                template.fit(ranking, lm.encode, min(instruction.max_prompt_tokens, lm.max_tokens // 2))
-                for ranking in rankings
-            ]
-            scores = candidate_scores(lm, template, fitted, options.batch_size)
+            scores = candidate_scores(lm, ranker.template, ranker.fit(rankings), options.batch_size)
         finally:
             lm.detach()
         return [
@@ -257,9 +227,9 @@ def _pseudo(
         ]
 
     return pseudo_rankings(
-        {domain: inputs.catalogs[domain] for domain in domains},
+        ranker.catalogs,
         options.prompts,
-        candidates=instruction.candidates,
+        candidates=ranker.instruction.candidates,
         histories=options.histories,
         history_items=options.history_items,
         seed=options.seed,

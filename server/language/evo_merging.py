@@ -11,11 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 
-from common.config import InstructionSection
-from common.errors import ConfigError
 from common.language.samples import read_samples
 from common.models.base import model_digest
 from server.evolution.options import EvolutionOptions
@@ -67,34 +64,23 @@ def evo_merging(inputs: AdapterInputs, options: Mapping[str, Any]) -> AdapterRes
 
 
 def _fitness(inputs: AdapterInputs, options: MethodOptions, pool: Pool, seed: int) -> Fitness:
-    from common.language.model import load_causal
-    from common.language.prompts import Template
     from server.evolution.fitness import AgreementFitness, EntropyFitness, ScoringFitness
+    from server.language.ranker import Ranker
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = load_causal(inputs.base, precision=inputs.config.learning.precision, device=device)
-    shared = (lm, inputs.lora, pool, model_digest(inputs.base))
+    ranker = Ranker.load(inputs, () if options.fitness == "scoring" else pool.labels)
+    shared = (ranker.lm, inputs.lora, pool, model_digest(inputs.base))
     if options.fitness == "scoring":
         return ScoringFitness(*shared, read_samples(Path(options.samples)), options.batch_size)
-    missing = sorted(set(pool.labels) - inputs.catalogs.keys())
-    if missing:
-        raise ConfigError(
-            f"evo-merging: no catalog of domain {missing[0]!r} to make prompts of",
-            next_step="ask its owner for it, or give labelled samples",
-        )
-    instruction = inputs.config.instruction or InstructionSection()
-    template = Template.load(instruction.template)
-    most = min(instruction.max_prompt_tokens, lm.max_tokens // 2)
     drawn = pseudo_rankings(
-        {label: inputs.catalogs[label] for label in pool.labels},
+        ranker.catalogs,
         options.prompts,
-        candidates=instruction.candidates,
+        candidates=ranker.instruction.candidates,
         history_items=options.history_items,
         seed=seed,
     )
-    rankings = {
-        label: [template.fit(ranking, lm.encode, most) for ranking in own] for label, own in drawn.items()
-    }
+    tokens = options.tokens if options.fitness == "entropy" else 0
+    rankings = {label: ranker.fit(own, tokens) for label, own in drawn.items()}
+    template = ranker.template
     if options.fitness == "agreement":
         return AgreementFitness(*shared, template, rankings, options.temperature, options.batch_size)
     prompts = [template.ranking_prompt(ranking) for own in rankings.values() for ranking in own]

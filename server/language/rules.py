@@ -17,6 +17,7 @@ import torch
 
 from common.config import LoraSection
 from common.language.adapters import PREFIX, Adapter
+from common.language.mixing import layers
 from common.low_rank import truncate
 from common.models.weights import WeightEntry
 from server import adapters as local
@@ -36,7 +37,7 @@ class Held(Read):
     @classmethod
     def of(cls, label: str, lora: LoraSection, adapter: Adapter) -> Held:
         """From the tensors that crossed."""
-        paths = sorted(name[len(PREFIX) : -len(".lora_A.weight")] for name in adapter if ".lora_A." in name)
+        paths = [path.removeprefix(PREFIX) for path in layers(adapter)]
         modules = {
             path: Module(path, _entry(adapter, path, "A"), _entry(adapter, path, "B"), lora.scaling)
             for path in paths

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common.catalog import Catalog
 from common.config import TextSection
 from common.errors import ModelError
+from common.models.device import default_device
 from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from server.learning.layers import Layers, States, equal_lengths
@@ -60,8 +61,7 @@ def gram_matrices(
     cannot be taken layer by layer; later VectorError for a vector that does not fit.
     """
     check_catalogs(taus, catalogs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = Encoder.load(base, pooling="mean", device=device)  # pooled embeddings are not used
+    encoder = Encoder.load(base, pooling="mean", device=default_device())  # pooled embeddings are not used
     encoder.model.eval().requires_grad_(False)
     drawn = [_draw(encoder, catalogs[domain], text, seed, items) for domain in taus]
     batches = [equal_lengths(list_of_ids, encoder.device) for list_of_ids in drawn]

@@ -18,6 +18,7 @@ from common.config import LearningSection, TextSection
 from common.digests import catalog_digest, vector_digest
 from common.errors import DataError
 from common.models.base import Pooling, model_digest
+from common.models.device import default_device
 from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
@@ -100,7 +101,7 @@ def load_inputs(
     Raises as `check_catalogs`.
     """
     check_catalogs(taus, catalogs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     encoder = Encoder.load(base, pooling=pooling, device=device, precision=learning.precision)
     encoder.model.eval().requires_grad_(False)
     common_key = {

@@ -28,6 +28,7 @@ from common.errors import ConfigError, DataError, ModelError, ParcelError, Vecto
 from common.kit import read_kit
 from common.language.adapters import load_adapter
 from common.language.samples import read_samples
+from common.models.base import weight_files
 from common.orders import PAYLOAD_TYPE, Order
 from common.signing import SigningKey, seal
 from common.tensorfile import read_tensors
@@ -226,6 +227,16 @@ def test_a_model_folder_with_strange_names(tmp_path: Path, name: str, content: b
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard", ['["a"]', '{"a":1}', '"a\\u0000.safetensors"', '"../x.safetensors"', "null"]
+)
+def test_an_index_of_shards_with_strange_names(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map":{{"a":{shard}}}}}')
+    with pytest.raises(ModelError, match="tensor 'a' is not in a safetensors file"):
+        weight_files(tmp_path)
 
 
 def test_an_adapter_folder_that_is_no_safetensors(tmp_path: Path) -> None:

@@ -182,6 +182,16 @@ def test_the_table_has_every_method_and_goes_on_where_it_stopped(base, adapters,
     assert json.loads((tmp_path / "base" / "row.json").read_text())["method"] == "base"
 
 
+def test_losses_of_another_adapter_of_that_name_are_not_replayed(base, adapters, tmp_path):
+    def scales(adapters, folder):
+        (row,) = compare(base, LORA, adapters, SAMPLES, folder, methods=["lorahub"], options=QUICK)
+        return row.facts["scales"]
+
+    renamed = {**adapters, "good": adapters["bad"], "bad": adapters["good"]}
+    assert scales(adapters, tmp_path / "a") != scales(renamed, tmp_path / "b")
+    assert scales(renamed, tmp_path / "a") == scales(renamed, tmp_path / "b")
+
+
 def test_an_unknown_method_or_domain_is_refused_by_name(base, adapters, tmp_path):
     with pytest.raises(ConfigError, match="tiess"):
         compare(base, LORA, adapters, SAMPLES, tmp_path, methods=["tiess"])

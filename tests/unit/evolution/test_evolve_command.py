@@ -136,5 +136,5 @@ def test_a_run_refuses_options_and_inputs_that_do_not_go(base, adapters, samples
     for options in ({"fitness": "scoring"}, {"samples": str(samples)}):
         with pytest.raises(ConfigError, match="go together"):
             check(options)
-    with pytest.raises(ConfigError, match="no catalog of domain 'toys'"):
+    with pytest.raises(DataError, match="'toys' has a task vector but no catalog"):
         merge(base, adapters, tmp_path, catalogs=("tea",))

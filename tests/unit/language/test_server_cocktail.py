@@ -10,7 +10,7 @@ import torch
 
 from common.catalog import Catalog
 from common.config import InstructionSection, LoraSection, RunConfig
-from common.errors import ConfigError, VectorError
+from common.errors import ConfigError, DataError, VectorError
 from common.language.adapters import Adapter, adapter_tensors, check_adapter, save_adapter
 from common.language.mixing import mix, section_of_rank
 from common.learning_state import read_trajectory
@@ -139,7 +139,7 @@ def test_learned_coefficients_of_adapters(inputs: AdapterInputs, method: str) ->
 
 def test_a_domain_without_catalog_is_named(inputs: AdapterInputs) -> None:
     del inputs.catalogs["toys"]  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="no catalog of domain 'toys'"):
+    with pytest.raises(DataError, match="'toys' has a task vector but no catalog"):
         run("cocktail", inputs)
     made = cocktail_for(inputs, "tea", PseudoOptions(**QUICK))
     assert made.coefficients["all"].keys() == {"base spirit", "ingredient"}
