@@ -34,7 +34,9 @@ class PretrainingSection(Frozen):
         0.6, ge=0, le=1, description="share of the steps after which there are `candidates`"
     )
     prompt_tokens: int = Field(800, ge=64, description="tokens of prompts in a step, about")
-    shelf_tokens: int = Field(2000, ge=64, description="tokens of shelves in a step, about")
+    shelf_tokens: int = Field(1000, ge=64, description="tokens of shelves in a step, about")
+    copy_tokens: int = Field(1500, ge=64, description="tokens of copies in a step, about")
+    copied: int = Field(8, ge=2, description="titles of a copy, at most")
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)

@@ -16,13 +16,13 @@ from typing import Literal
 import numpy as np
 
 from clients.data.domain import Domain
-from clients.data.instructions import rankings_of
+from clients.data.instructions import Protocol, Split, rankings_of
 from clients.training.fit import fine_tune
 from common.config import InstructionSection, LoraSection, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import ConfigError
 from common.language.adapters import Adapter
-from common.language.evaluation import evaluate_rankings
+from common.language.evaluation import evaluate_rankings, fit
 from common.language.model import CausalLM, load_causal
 from common.language.prompts import Template
 from common.language.records import Ranking
@@ -34,7 +34,6 @@ from simulations.language.config import LanguageConfig
 from simulations.language.text import cut
 from simulations.simulate import prepare_source
 
-Protocol = Literal["warm", "cold"]
 TARGET = -1  # the part of a domain's users that no adapter is trained on
 
 
@@ -98,7 +97,7 @@ class LanguageLab:
     def rankings(
         self,
         domain: Domain,
-        split: Literal["train", "valid", "test"],
+        split: Split,
         users: int,
         protocol: Protocol = "warm",
     ) -> list[Ranking]:
@@ -111,10 +110,8 @@ class LanguageLab:
 
     def samples(self, domain: Domain, split: Literal["train", "valid"], users: int) -> list[Sample]:
         """The same as prompt and answer."""
-        fitted = [
-            self.template.fit(ranking, self.lm.encode, self.instruction.max_prompt_tokens)
-            for ranking in self.rankings(domain, split, users)
-        ]
+        rankings = self.rankings(domain, split, users)
+        fitted = fit(self.lm, self.template, rankings, self.instruction.max_prompt_tokens)
         return [(self.template.ranking_prompt(one), self.template.ranking_answer(one)) for one in fitted]
 
     def measure(self, rankings: list[Ranking]) -> Callable[[CausalLM], Mapping[str, float]]:

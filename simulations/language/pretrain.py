@@ -40,7 +40,7 @@ from common.files import replace_folder, write_atomic
 from common.language.prompts import Template
 from common.progress import NO_REPORT, Report
 from simulations.language.config import LanguageConfig, PretrainingSection
-from simulations.language.start import co_occurrence, near_identity
+from simulations.language.start import ROPE_THETA, co_occurrence, induction, near_identity
 from simulations.language.text import PseudoUsers, document, lines, split_catalogs
 from simulations.simulate import prepare_source
 
@@ -138,13 +138,13 @@ class Pretrainer:
         self.step = 0
 
     def take_step(self) -> float:
-        """One step of AdamW on fresh shelves and prompts; returns the prompts' loss."""
+        """One step of AdamW on fresh shelves, copies and prompts; returns the prompts' loss."""
         rng = np.random.default_rng([self._seed, self.step])
         for group in self.optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * self._rate()
         self.model.train()
         prompt_loss = self._loss(self._prompts(rng))
-        torch.autograd.backward(prompt_loss + self._loss(self._shelves(rng)))
+        torch.autograd.backward(prompt_loss + self._loss(self._shelves(rng)) + self._loss(self._copies(rng)))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,13 +188,15 @@ class Pretrainer:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Embeddings from what shares a theme, attention near identity."""
+        """Embeddings from what shares a theme, attention near identity and with an induction head."""
         embeddings = self.model.get_input_embeddings().weight
         titles = list(dict.fromkeys(self._users.titles()))
         ids = dict(zip(titles, self.tokenizer([f" {title}" for title in titles])["input_ids"], strict=True))
         groups = ([ids[title] for title in group] for group in self._users.groups())
         embeddings.copy_(co_occurrence(groups, *embeddings.shape))
         near_identity(self.model)
+        if min(self._settings.layers, self._settings.heads) > 1:
+            induction(self.model)
 
     def _rate(self) -> float:
         """Linear warm-up, then half a cosine down to a twentieth."""
@@ -231,6 +233,14 @@ class Pretrainer:
             ids = self._encode(lines(self._template, self._users.shelf(rng, self._settings.history + 1)))
             documents.append(([*ids, self._end], 1))
             tokens += len(ids)
+        return documents
+
+    def _copies(self, rng: np.random.Generator) -> list[tuple[Ids, int]]:
+        documents, tokens = [], 0
+        while tokens < self._settings.copy_tokens:
+            copy = self._users.copy(rng, int(rng.integers(2, self._settings.copied + 1)))
+            documents.append((self._encode(self._template.ranking_prompt(copy)), 1))
+            tokens += len(documents[-1][0])
         return documents
 
     def _loss(self, documents: Sequence[tuple[Ids, int]]) -> Tensor:
@@ -286,6 +296,7 @@ def _architecture(settings: PretrainingSection, vocabulary: int, end: int) -> di
         "num_attention_heads": settings.heads,
         "num_key_value_heads": settings.key_value_heads,
         "max_position_embeddings": settings.positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": end,

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from clients.data.instructions import Protocol
 from common.digests import json_digest
 from common.errors import ConfigError, suggest
 from common.files import write_atomic
@@ -30,7 +31,7 @@ from server.language.plots import weights_page
 from server.language.registry import AdapterInputs
 from server.language.spirit import spirit
 from simulations.language.config import LanguageConfig
-from simulations.language.lab import TARGET, LanguageLab, Protocol
+from simulations.language.lab import TARGET, LanguageLab
 
 PHASE = "study"
 PROTOCOLS: tuple[Protocol, ...] = ("warm", "cold")

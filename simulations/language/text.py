@@ -2,9 +2,11 @@
 
 A pseudo-user likes a *theme*: a brand, a category, or a word of titles that a few items of a catalog share.
 Its history and the candidate to name are items of the theme; the other candidates are drawn from outside it.
-Two kinds of documents come of it: *shelves*, titles of a theme one after another, in which every token is
-learned, and *prompts* in the very template of instruction ranking, in which only the answer is. So the model
-learns words, what goes with what, and to copy a candidate that fits a history. Interactions are nowhere read.
+Three kinds of documents come of it: *shelves*, titles of a theme one after another; *copies*, prompts whose
+history is their candidates in another order; and *prompts* in the very template of instruction ranking. Every
+token of the first two is learned, of the last only the answer. So the model learns words and what goes with
+what; to copy a title, which answers alone teach too thinly; and which candidate fits a history. Interactions
+are nowhere read.
 """
 
 from __future__ import annotations
@@ -60,6 +62,13 @@ class PseudoUsers:
         shelf, members, _ = self._theme(rng)
         return [shelf.titles[row] for row in members[:items]]
 
+    def copy(self, rng: np.random.Generator, items: int) -> Ranking:
+        """Different titles of a domain, `items` at most, as candidates and in another order as history."""
+        shelf = self._domain(rng)
+        rows = rng.integers(len(shelf.titles), size=items)
+        titles = list({title_key(shelf.titles[row]): shelf.titles[row] for row in rows}.values())
+        return Ranking("pseudo", tuple(rng.permutation(titles).tolist()), tuple(titles), None)
+
     def ranking(self, rng: np.random.Generator, history: int, candidates: int, noise: float) -> Ranking:
         """A pseudo-user: up to `history` titles, `candidates` titles of which one is of the same theme.
 
@@ -89,11 +98,14 @@ class PseudoUsers:
 
     def _theme(self, rng: np.random.Generator) -> tuple[Shelf, Rows, int]:
         """A domain by its size, one of its items, one of the item's themes; the theme's rows in any order."""
-        shelf = self._shelves[rng.choice(len(self._shelves), p=self._weights)]
+        shelf = self._domain(rng)
         while not (own := shelf.themes_of[rng.integers(len(shelf.titles))]):
             pass
         theme = own[rng.integers(len(own))]
         return shelf, rng.permutation(shelf.themes[theme]), theme
+
+    def _domain(self, rng: np.random.Generator) -> Shelf:
+        return self._shelves[rng.choice(len(self._shelves), p=self._weights)]
 
 
 def split_catalogs(

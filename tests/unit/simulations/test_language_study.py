@@ -16,6 +16,7 @@ from clients.data.domain import Domain
 from common.errors import ConfigError, DataError
 from common.files import sha256_file
 from common.language.prompts import Template
+from common.language.records import title_key
 from simulations.language.config import LanguageConfig
 from simulations.language.pretrain import END, HeldBack, Pretrainer, pretrain
 from simulations.language.start import co_occurrence
@@ -40,8 +41,8 @@ def config(make_domain: Callable[..., Any], tmp_path: Path) -> LanguageConfig:
             "pretraining": {
                 "vocabulary": 320, "hidden_size": 16, "layers": 1, "heads": 2, "key_value_heads": 1,
                 "intermediate_size": 32, "candidates": 5, "history": 3, "steps": 8, "prompt_tokens": 100,
-                "shelf_tokens": 64, "held_back": 0.4, "held_back_prompts": 4, "evaluate_every_steps": 4,
-                "checkpoint_every_steps": 2, "warmup_steps": 2,
+                "shelf_tokens": 64, "copy_tokens": 64, "held_back": 0.4, "held_back_prompts": 4,
+                "evaluate_every_steps": 4, "checkpoint_every_steps": 2, "warmup_steps": 2,
             },
             "lora": {"rank": 2, "alpha": 4, "modules": ["q_proj", "down_proj"], "dropout": 0.0},
             "instruction": {"template": "shelf", "candidates": 4, "history_items": 3},
@@ -141,6 +142,31 @@ def test_tokens_that_share_groups_begin_alike() -> None:
     embedding_VK = co_occurrence(groups, 6, 4)
     likeness_VV = embedding_VK @ embedding_VK.T
     assert float(likeness_VV[0, 1]) > 0.8 > 0.5 > float(likeness_VV[0, 3])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_an_untrained_model_goes_on_as_before(config: LanguageConfig, architecture: str) -> None:
+    sizes = {"vocabulary": 400, "hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 2}
+    settings = config.pretraining.model_copy(update={"architecture": architecture, **sizes})
+    model = Pretrainer(catalogs(config), settings, 0).model
+    model.set_attn_implementation("eager")
+    words = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:40] + 270
+    with torch.no_grad():
+        first_HTT, second_HTT = (
+            layer[0] for layer in model(words.repeat(2)[None], output_attentions=True).attentions
+        )
+    place_T = torch.arange(41, 79)  # the second time, after its first token
+    assert float(first_HTT[0, place_T, place_T - 1].mean()) > 0.8
+    assert float(second_HTT[0, place_T, place_T - 39].mean()) > 0.2  # what came after it the first time
+
+
+def test_a_copy_is_its_candidates_in_another_order(config: LanguageConfig) -> None:
+    users, rng = PseudoUsers(catalogs(config), 6), np.random.default_rng(0)
+    copies = [users.copy(rng, 4) for _ in range(10)]
+    assert all(sorted(copy.history) == sorted(copy.candidates) for copy in copies)
+    assert any(copy.history != copy.candidates for copy in copies)
+    titles = users.copy(rng, 10**4).candidates
+    assert len({title_key(title) for title in titles}) == len(titles)
 
 
 def test_a_catalog_without_themes_is_refused() -> None:
