@@ -1,4 +1,4 @@
-"""What an owner does when it is asked: contribute, evaluate, install, revoke. Each once, whatever is killed.
+"""What an owner does when it is asked (`common.orders`): each once, whatever is killed.
 
 Every fact is journaled before the next step begins: the order before the work, the sealed parcel before
 the upload, the receipt before the reply. So the same order asked twice (by a server that lost its
@@ -21,7 +21,7 @@ from clients.cosigning import exchange_checkpoints
 from clients.data.domain import Domain
 from clients.exchange_client import ExchangeClient
 from clients.home import ClientHome
-from clients.privacy import read_claim, spent
+from clients.privacy import privacy_of, read_claim, spent
 from clients.serving import COMPARISON, OWN, UNIVERSAL, install, set_own_model
 from clients.training import isolation
 from clients.training.job import Candidate, Job, run_job
@@ -29,16 +29,17 @@ from common.catalog import Catalog
 from common.config import RunConfig
 from common.crossing import crossing_tensors
 from common.errors import BaseMismatchError, GateError, ParcelError, PolicyError, RefusedError, TransportError
-from common.files import sha256_bytes, write_atomic
+from common.files import sha256_bytes, sha256_file, write_atomic
 from common.models.base import model_digest, resolve_base
-from common.orders import CONTRIBUTE, EVALUATE, INSTALL, REVOKE, Order
-from common.parcels import SERVER, Codec, Kind, bucket, draft
-from common.payloads import encode_values
+from common.orders import CONTRIBUTE, EVALUATE, INSTALL, RECEIVE, REVOKE, SCORE, Order
+from common.parcels import SERVER, Codec, Kind, Privacy, bucket, draft
+from common.payloads import CANDIDATES, encode_values
 from common.progress import StatusFile
 from common.revocation import Revocation
 
 log = logging.getLogger(__name__)
 ZERO_SHOT, FINE_TUNED = "zero-shot", "fine-tuned"
+POOL = "pool.json"  # which adapters the server sent, with the files of them
 
 
 class Actions:
@@ -56,7 +57,7 @@ class Actions:
 
     def carry_out(self, order: Order, envelope: bytes) -> None:
         """Do what `order` says unless it was done. Raises IsthmusError."""
-        key = f"order/{order.run}/{order.action}"
+        key = order.key
         fact = {"digest": sha256_bytes(envelope), "envelope": envelope.decode("ascii"), "done": False}
         known = self._home.journal.get(key)
         if known == {**fact, "done": True}:
@@ -68,6 +69,11 @@ class Actions:
             self._home.policy.check_run(order.config, tensors)
             if self._home.policy.require_isolation and not isolation.possible():
                 raise PolicyError(isolation.IMPOSSIBLE, next_step=isolation.IMPOSSIBLE_STEP)
+        if order.action in (RECEIVE, SCORE) and Kind.FITNESS not in self._home.policy.kinds:
+            raise PolicyError(
+                "the run merges by what domains answer about candidates, which the policy forbids",
+                next_step="see kinds and answers in policy.toml",
+            )
         self._home.gate.agree(order.run, order.base_digest, tensors, labels_of(order.config))
         self._home.journal.put(key, fact)
         steps = {
@@ -75,6 +81,8 @@ class Actions:
             EVALUATE: self._evaluate,
             INSTALL: self._install,
             REVOKE: self._revoke,
+            RECEIVE: self._receive,
+            SCORE: self._score,
         }
         steps[order.action](order, base)
         self._watch()
@@ -109,6 +117,7 @@ class Actions:
             "items": len(domain.item_ids),
             "users_bucket": bucket(result["users"]),
             "isolated": int(result["isolated"]),
+            **({"shared": 1} if self._home.policy.share_adapter else {}),
         }
         with self._timed("upload"):
             codec = Codec(order.config.training.vector_codec)
@@ -170,6 +179,38 @@ class Actions:
             said = Revocation.decode(parcel.payload.read_bytes())
             for digest in (said.payload, *said.models):
                 self._home.journal.put(f"withdrawn/{digest}", {"run": header.run})
+            for adapter in self._home.path.glob("work/*/pool/*.payload"):
+                if sha256_file(adapter) == said.payload:
+                    adapter.unlink()
+
+    def _receive(self, order: Order, _base: Path) -> None:
+        """Keep the adapters that owners shared: what later candidates are mixtures of."""
+        with self._timed("download"):
+            adapters = self._fetch(order, "pool")
+        record = [adapter.model_dump() for adapter in adapters]
+        write_atomic(self._home.work(order.run) / POOL, json.dumps(record).encode())
+
+    def _score(self, order: Order, base: Path) -> None:
+        """Answer a generation of candidates with one loss each (`clients.fitness`)."""
+        work = self._home.work(order.run)
+        try:
+            adapters = [Candidate(**record) for record in json.loads((work / POOL).read_bytes())]
+        except FileNotFoundError:
+            raise ParcelError("the server asks about mixtures of adapters that it never sent") from None
+        (wanted,) = order.candidates
+        folder = work / "generations"
+        parcel = self._exchange.fetch(wanted.parcel, folder)
+        header = parcel.header
+        if (header.base_digest, header.run, header.kind) != (order.base_digest, order.run, Kind.CANDIDATE):
+            raise BaseMismatchError("a generation is for another base model, run or purpose")
+        with self._timed("answers"):
+            result = self._job(order, base, "answers", adapters, parcel.payload)
+        losses = {f"{number:04d}/loss_e3": loss for number, loss in enumerate(result["losses_e3"])}
+        path = work / f"{order.generation}.fitness.json"
+        write_atomic(path, encode_values({CANDIDATES: header.payload_digest, **losses}))
+        facts = {"users_bucket": bucket(result["users"])}
+        self._send(order, Kind.FITNESS, path, Codec.JSON, facts)
+        shutil.rmtree(folder)
 
     def _compare(self, order: Order, installed: Path, universal: Mapping[str, float]) -> None:
         """Keep beside the model how it and the domain's own do on the test users; say where it is worse."""
@@ -185,8 +226,8 @@ class Actions:
                 "the universal model ranks worse here than this domain's own model: see client status"
             )
 
-    def _fetch(self, order: Order) -> list[Candidate]:
-        folder = self._home.work(order.run) / "candidates"
+    def _fetch(self, order: Order, place: str = "candidates") -> list[Candidate]:
+        folder = self._home.work(order.run) / place
         found = []
         for number, wanted in enumerate(order.candidates):
             self._status(phase="download", step=number, total=len(order.candidates))
@@ -208,8 +249,9 @@ class Actions:
         self,
         order: Order,
         base: Path,
-        mode: Literal["fit", "candidates"],
+        mode: Literal["fit", "candidates", "answers"],
         candidates: Sequence[Candidate] = (),
+        numbers: Path | None = None,
     ) -> dict[str, Any]:
         """Run the trainer's process; what it did before is not done again."""
         job = Job(
@@ -221,6 +263,8 @@ class Actions:
             config=self._limited(order.config),
             status=str(self._home.status_path),
             candidates=tuple(candidates),
+            numbers=str(numbers or ""),
+            answers=self._home.policy.answers,
             limits=self._home.policy.privacy,
             epsilon_spent=spent(self._home.journal).epsilon,
             home=str(self._home.path),
@@ -278,8 +322,8 @@ class Actions:
             base_digest=order.base_digest,
             codec=codec,
             round=order.round,
-            training={name: value for name, value in facts.items() if name in allowed},
-            privacy=read_claim(payload) if kind is Kind.TASK_VECTOR else None,
+            training={name: value for name, value in facts.items() if name in (*allowed, "shared")},
+            privacy=self._privacy(kind, payload),
         )
         parcel = self._home.gate.release(header, payload)
         size, before = parcel.header.payload_bytes, self._sent_bytes
@@ -290,6 +334,12 @@ class Actions:
 
         self._exchange.send(parcel, across)
         across(size)
+
+    def _privacy(self, kind: Kind, payload: Path) -> Privacy | None:
+        """What a header says of this payload's privacy."""
+        if kind is Kind.TASK_VECTOR:
+            return read_claim(payload)
+        return privacy_of(self._home.policy.answers) if kind is Kind.FITNESS else None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -29,14 +29,22 @@ from pathlib import Path
 from typing import Literal
 
 from clients.policy import EgressPolicy
-from clients.privacy import check_claim
+from clients.privacy import THOUSANDTHS, check_claim, privacy_of
 from common.catalog import Catalog
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
 from common.files import copy_hashed, fsync_folder, sha256_bytes, sha256_file, write_atomic
 from common.ledger import Crossing, Journal, Ledger
 from common.notes import Checkpoint, Note
 from common.parcels import SERVER, Header, Kind, Parcel, Receipt, bucket, seal_parcel
-from common.payloads import METRIC_DECIMALS, PayloadFacts, check_table, check_tensors, check_value, inspect
+from common.payloads import (
+    METRIC_DECIMALS,
+    PayloadFacts,
+    check_fitness,
+    check_table,
+    check_tensors,
+    check_value,
+    inspect,
+)
 from common.revocation import Revocation
 from common.rotation import Rotation
 from common.signing import PublicKey, SigningKey
@@ -190,7 +198,7 @@ class EgressGate:
         if header.expires_s <= self._clock():
             raise GateError("the header has expired; make a new one")
         for name in header.training:
-            if name not in policy.training_facts:
+            if name not in policy.training_facts and not (name == "shared" and policy.share_adapter):
                 raise GateError(f"training fact {name!r} is not allowed by the policy")
         _check_buckets(header.training)
         if header.payload_bytes > policy.max_payload_bytes:
@@ -219,8 +227,10 @@ class EgressGate:
                     )
         elif header.kind is Kind.CATALOG:
             self._check_catalog(header, facts, copy)
-        elif header.kind in (Kind.METRICS, Kind.FITNESS):
+        elif header.kind is Kind.METRICS:
             self._check_metrics(header, facts)
+        elif header.kind is Kind.FITNESS:
+            self._check_fitness(header, facts)
         elif header.kind is Kind.REVOCATION:
             said = Revocation.decode(copy.read_bytes())
             if said.models or not self.is_released(said.vector):
@@ -257,6 +267,14 @@ class EgressGate:
                 f"metrics need `users_bucket` of at least {self.policy.min_users} in the header",
                 next_step="evaluate on more users, or lower min_users in the policy",
             )
+
+    def _check_fitness(self, header: Header, facts: PayloadFacts) -> None:
+        check_fitness(facts.values)
+        most = THOUSANDTHS * self.policy.answers.clip
+        if any(value > most for value in facts.values.values() if isinstance(value, int)):
+            raise GateError("a loss is above what `answers.clip` of the policy lets one be")
+        if header.privacy != privacy_of(self.policy.answers):
+            raise GateError("the header's privacy facts are not those of `answers` in the policy")
 
     def _check_budget(self, header: Header) -> None:
         spent = [facts["payload_bytes"] for _, facts in self.journal.items(f"release/{header.run}/")]

@@ -35,7 +35,7 @@ _WORDS = {
     Kind.CATALOG: "public catalog: item ids and the attributes chosen with `data prepare --public`",
     Kind.TASK_VECTOR: "task vector: what fine-tuning changed in the model",
     Kind.METRICS: "metrics",
-    Kind.FITNESS: "fitness of merge candidates",
+    Kind.FITNESS: "fitness: one number for each candidate of a merge, its loss on your validation users",
     Kind.REVOCATION: "revocation: that your own vector may be merged no more",
 }
 
@@ -73,6 +73,7 @@ def _kind(policy: EgressPolicy, kind: Kind) -> dict[str, Any]:
         Kind.DOMAIN_CARD: {"fields": list(policy.card_fields)},
         Kind.TASK_VECTOR: {"facts_beside_it": list(policy.training_facts), "max_norm": policy.max_norm},
         Kind.METRICS: {"fields": _metrics(policy), "min_users": policy.min_users},
+        Kind.FITNESS: policy.answers.model_dump(),
     }
     small = kind not in (Kind.CATALOG, Kind.TASK_VECTOR)
     max_bytes = min(limit, MAX_JSON_BYTES) if small else limit
@@ -123,6 +124,10 @@ def in_words(found: dict[str, Any], path: Path) -> Iterator[str]:
                 yield f"    {label} {', '.join(fact[name]) or 'nothing'}"
         if kind == Kind.TASK_VECTOR.value:
             yield from _vector_in_words(found["vector"])
+            if found["policy"]["share_adapter"]:
+                yield "    an adapter is passed on to other domains of the run, under a pseudonym"
+        if kind == Kind.FITNESS.value:
+            yield _answers_in_words(fact)
     yield "  a signed receipt for each parcel that came in"
     missing = [kind.value for kind in NEEDED if kind.value not in found["data_channel"]]
     if missing:
@@ -160,6 +165,14 @@ def _privacy_in_words(privacy: dict[str, Any]) -> str:
     limits = {"one vector": privacy["max_epsilon"], "all that ever left": privacy["max_total_epsilon"]}
     named = [f"epsilon {limit:g} for {what}" for what, limit in limits.items() if limit is not None]
     return f"at most {' and '.join(named)}, delta {privacy['max_delta']:g}, or no vector leaves; {left}"
+
+
+def _answers_in_words(limits: dict[str, Any]) -> str:
+    noise = f"noise {limits['noise_multiplier']:g}" if limits["noise_multiplier"] else "without noise"
+    return (
+        f"    about {limits['max_answers']} candidates in all, from {limits['min_users']} users or more, one "
+        f"user's loss cut at {limits['clip']:g}; {noise}"
+    )
 
 
 def _vector_in_words(vector: dict[str, Any]) -> Iterator[str]:

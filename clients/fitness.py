@@ -26,11 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from clients.training.accounting import epsilon
-from common.config import Frozen, LoraSection
+from clients.privacy import THOUSANDTHS, AnswerLimits
+from common.config import LoraSection
 from common.digests import json_digest
 from common.errors import DataError, PolicyError
 from common.language.model import CausalLM
@@ -38,20 +37,8 @@ from common.language.pool import Candidate, Pool
 from common.language.samples import Sample
 from common.language.validation import Validation
 from common.learning_state import Trajectory, read_trajectory
-from common.parcels import Privacy
 
 ANSWERS_FILE = "answers.jsonl"
-THOUSANDTHS = 1000
-
-
-class AnswerLimits(Frozen):
-    """What an owner allows of answers about candidates."""
-
-    max_answers: int = Field(1300, ge=1, description="different candidates that are answered, in all")
-    min_users: int = Field(50, ge=1, description="users behind an answer")
-    clip: float = Field(10.0, gt=0, le=1000, description="most that one user's loss counts, nats a token")
-    noise_multiplier: float = Field(0.0, ge=0, le=1000, description="0: no noise, and no promise")
-    delta: float = Field(1e-5, gt=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -60,24 +47,6 @@ class UserSamples:
 
     user: str
     samples: tuple[Sample, ...]
-
-
-def privacy_of(limits: AnswerLimits) -> Privacy:
-    """What the whole budget of answers spends, as a header says it: epsilon rounded up.
-
-    Neighbours are two validation sets of which one user was replaced. Raises ConfigError where the noise
-    bounds nothing.
-    """
-    if not limits.noise_multiplier:
-        return Privacy()
-    spent = epsilon(1.0, limits.noise_multiplier, limits.max_answers, limits.delta)
-    return Privacy(
-        mechanism="gaussian",
-        clip_e6=round(limits.clip * 1e6),
-        noise_e6=round(limits.noise_multiplier * 1e6),
-        epsilon_e6=math.ceil(spent * 1e6),
-        delta_e12=math.ceil(limits.delta * 1e12 - 1e-6),
-    )
 
 
 class Answers:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from clients.privacy import PrivacyLimits
+from clients.privacy import AnswerLimits, PrivacyLimits
 from common.config import Frozen, RunConfig, load_toml
 from common.errors import ConfigError, PolicyError, suggest
 from common.files import write_atomic
@@ -46,7 +46,8 @@ class EgressPolicy(Frozen):
 
     kinds: tuple[SendableKind, ...] = Field(
         (Kind.DOMAIN_CARD, Kind.CATALOG, Kind.TASK_VECTOR, Kind.METRICS, Kind.REVOCATION),
-        description="Kinds of parcels that may leave. A run needs the first three, `withdraw` the last",
+        description="Kinds of parcels that may leave. A run needs the first three, `withdraw` the last; with "
+        "`fitness` the domain answers how good candidates of a merge are",
     )
     codecs: tuple[Codec, ...] = Field(
         (Codec.BF16, Codec.FP32, Codec.PARQUET, Codec.JSON),
@@ -89,16 +90,27 @@ class EgressPolicy(Frozen):
     )
     max_payload_bytes: int = Field(4 << 30, ge=1, description="Bytes of one payload")
     max_run_bytes: int = Field(8 << 30, ge=1, description="Payload bytes in one run")
-    max_run_parcels: int = Field(32, ge=1, description="Parcels in one run")
+    max_run_parcels: int = Field(128, ge=1, description="Parcels in one run")
     require_isolation: bool = Field(
         False,
         description="Refuse to train where the trainer cannot be kept from the network and the keys. "
         "Otherwise it trains, and says so",
     )
+    share_adapter: bool = Field(
+        False,
+        description="Let the server pass this domain's adapter on, under its pseudonym, to the other domains "
+        "of a run that merges by what domains answer; otherwise such a merge goes without it",
+    )
     privacy: PrivacyLimits = Field(
         PrivacyLimits(),
         description="Differential privacy that a task vector must have to leave: max_epsilon of one, or "
         "max_total_epsilon of all that ever left. Without either it needs none",
+    )
+
+    answers: AnswerLimits = Field(
+        AnswerLimits(),
+        description="What may be answered about candidates, where `kinds` has `fitness`: how many in all, "
+        "from how many users, each user's loss cut at `clip`, and noise",
     )
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ sums); the same vector sent for another run spends nothing more.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from common.ledger import Journal
 from common.parcels import Kind, Privacy
 
 CLAIM = "privacy.json"
+THOUSANDTHS = 1000  # what losses about candidates are whole numbers of
 
 
 class PrivacyLimits(Frozen):
@@ -61,6 +63,36 @@ class PrivacyLimits(Frozen):
                     f"privacy: {value:g} would be spent, {name} = {limit:g} is this owner's limit",
                     next_step="ask the operator for a run with more noise or fewer steps",
                 )
+
+
+class AnswerLimits(Frozen):
+    """What an owner allows of answers about candidates."""
+
+    max_answers: int = Field(1300, ge=1, description="different candidates that are answered, in all")
+    min_users: int = Field(50, ge=1, description="users behind an answer")
+    clip: float = Field(10.0, gt=0, le=1000, description="most that one user's loss counts, nats a token")
+    noise_multiplier: float = Field(0.0, ge=0, le=1000, description="0: no noise, and no promise")
+    delta: float = Field(1e-5, gt=0, lt=1, description="of the noise, all answers together")
+
+
+def privacy_of(limits: AnswerLimits) -> Privacy:
+    """What the whole budget of answers spends, as a header says it: epsilon rounded up.
+
+    Neighbours are two validation sets of which one user was replaced. Raises ConfigError where the noise
+    bounds nothing.
+    """
+    if not limits.noise_multiplier:
+        return Privacy()
+    from clients.training.accounting import epsilon
+
+    spent = epsilon(1.0, limits.noise_multiplier, limits.max_answers, limits.delta)
+    return Privacy(
+        mechanism="gaussian",
+        clip_e6=round(limits.clip * 1e6),
+        noise_e6=round(limits.noise_multiplier * 1e6),
+        epsilon_e6=math.ceil(spent * 1e6),
+        delta_e12=math.ceil(limits.delta * 1e12 - 1e-6),
+    )
 
 
 NO_LIMITS = PrivacyLimits()

@@ -9,6 +9,8 @@ installed code. The configuration rides along as the JSON text of a `RunConfig`.
     install      fetch the universal vector, verify, install, evaluate, send the allowed metrics
     revoke       fetch the revocation of a vector, remember it: neither that vector nor a model that holds it
                  is used again
+    receive      fetch the adapters that the owners of the run share with each other, keep them
+    score        fetch candidates of a merge as numbers, mix each from those adapters, send a loss for each
 
 A reply is a flat record of codes, digests and numbers: `status` is `done`, `refused` (never ask again)
 or `failed` (asking again may work), `code` names the reason.
@@ -29,9 +31,12 @@ from common.statements import DIGEST_PATTERN, RUN_PATTERN
 
 PAYLOAD_TYPE = "application/vnd.isthmus.order+json"
 CONTRIBUTE, EVALUATE, INSTALL, REVOKE = "contribute", "evaluate", "install", "revoke"
-ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL, REVOKE)
+RECEIVE, SCORE = "receive", "score"
+ACTIONS = (CONTRIBUTE, EVALUATE, INSTALL, REVOKE, RECEIVE, SCORE)
 LABEL_PATTERN = r"[a-z0-9][a-z0-9._-]{0,79}"
-ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2, REVOKE: 3}
+ROUND = {CONTRIBUTE: 0, EVALUATE: 1, INSTALL: 2, REVOKE: 3, RECEIVE: 4, SCORE: 5}
+
+MAX_GENERATIONS = 10_000
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 
@@ -40,7 +45,8 @@ DONE, REFUSED, FAILED = "done", "refused", "failed"
 class Candidate:
     """A merged vector to fetch: its label in tables, its parcel, and the digest of the resulting model.
 
-    To revoke: the revocation's parcel under the label of the published merge, without a model.
+    To revoke: the revocation's parcel under the label of the published merge, without a model. To receive: an
+    adapter under its owner's pseudonym. To score: a generation's numbers under the label of their merge.
     """
 
     label: str
@@ -50,7 +56,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Order:
-    """One signed request. `round` follows from the action and names the metrics parcel that answers it."""
+    """One signed request. `round` follows from it and names the parcel of metrics or fitness that answers it.
+
+    `generation` counts the orders to score of a run; it is 0 for other actions.
+    """
 
     action: str
     run: str
@@ -58,15 +67,25 @@ class Order:
     config: RunConfig
     base_digest: str
     candidates: tuple[Candidate, ...] = ()
+    generation: int = 0
 
     @property
     def round(self) -> int:
-        """0 contribute, 1 evaluate, 2 install, 3 revoke."""
-        return ROUND[self.action]
+        """0 contribute, 1 evaluate, 2 install, 3 revoke, 4 receive, 5 and above score."""
+        return ROUND[self.action] + self.generation
+
+    @property
+    def key(self) -> str:
+        """Under which an owner's journal keeps it."""
+        return f"order/{self.run}/{self.action}" + (f"/{self.generation}" if self.action == SCORE else "")
 
     def check_names(self) -> None:
         """Raise ParcelError unless run, labels and digests are what they must be: some become file names."""
         known = {method.label for method in self.config.merge}
+        if self.action == RECEIVE:
+            known = {candidate.label for candidate in self.candidates}
+        if self.generation and self.action != SCORE:
+            raise ParcelError("the server's order has a generation and nothing to score")
         labels = [candidate.label for candidate in self.candidates]
         digests = [self.base_digest, *(d for c in self.candidates for d in (c.parcel, c.model_digest))]
         if not re.fullmatch(RUN_PATTERN, self.run):
@@ -90,6 +109,7 @@ class Order:
                 {"label": c.label, "parcel": c.parcel, "model_digest": c.model_digest}
                 for c in self.candidates
             ],
+            "generation": self.generation,
         }
         return seal(statement, key, payload_type=PAYLOAD_TYPE)
 
@@ -109,6 +129,7 @@ class Order:
                 candidates=tuple(
                     Candidate(**{str(k): str(v) for k, v in c.items()}) for c in body["candidates"]
                 ),
+                generation=_count(body, "generation"),
             )
         except IsthmusError:
             raise
@@ -122,11 +143,18 @@ class Order:
         return order
 
 
-STATEMENT_FIELDS = {"action", "run", "recipient", "config", "base_digest", "candidates"}
+STATEMENT_FIELDS = {"action", "run", "recipient", "config", "base_digest", "candidates", "generation"}
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
     value = body[name]
     if not isinstance(value, str):
+        raise TypeError(name)
+    return value
+
+
+def _count(body: Mapping[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or not 0 <= value < MAX_GENERATIONS:
         raise TypeError(name)
     return value

@@ -42,6 +42,7 @@ TRAINING_FACTS = frozenset(
         "items",
         "learning_rate_e9",
         "seconds",
+        "shared",
         "steps",
         "users_bucket",
     }

@@ -24,6 +24,7 @@ from common.tensorfile import TensorReading, read_tensors
 METRIC_DECIMALS = 6
 MAX_JSON_BYTES = 256 << 10
 METRIC_NAME = re.compile(r"[a-z0-9][a-z0-9@_./:-]{0,79}")
+CANDIDATES = "candidates"  # of a fitness: the digest of the numbers that it answers
 _CODE, _DIGEST = re.compile(CODE_PATTERN), re.compile(DIGEST_PATTERN)
 JsonFacts = dict[str, int | float | str]
 
@@ -94,6 +95,16 @@ def check_table(header: Header, expected: Mapping[str, tuple[int, ...]]) -> None
             raise problem(
                 "tensor-table", f"tensor {fact.name}: dtype {fact.dtype}, expected {header.codec.dtype}"
             )
+
+
+def check_fitness(values: Mapping[str, int | float | str]) -> None:
+    """Raises RefusedError unless this is the digest of candidates and a whole number, 0 or more, of each."""
+    losses = {name: value for name, value in values.items() if name != CANDIDATES}
+    names = [f"{number:04d}/loss_e3" for number in range(len(losses))]
+    if not losses or sorted(losses) != names or not _DIGEST.fullmatch(str(values.get(CANDIDATES, ""))):
+        raise problem("metrics", "fitness: not `candidates` and a loss of each, numbered from 0000")
+    if not all(type(value) is int and value >= 0 for value in losses.values()):
+        raise problem("metrics", "fitness: a loss is not a whole number, 0 or more")
 
 
 def encode_values(values: Mapping[str, int | float | str]) -> bytes:

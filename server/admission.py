@@ -28,7 +28,8 @@ After the payload (`check_payload`):
 16. `tensor-table`    each tensor is the one that the header names, to its digest
 17. `not-finite`      no NaN, no infinity
 18. `norm`            the L2 norm is above 0 and within the run's bound
-19. `metrics`         only the run's metrics (`METRIC` or `LABEL/METRIC`), as finite numbers
+19. `metrics`         only the run's metrics (`METRIC` or `LABEL/METRIC`), as finite numbers; a fitness is the
+                      digest of candidates and a whole number of each
 20. `sender`          a catalog is of the sender's own domain, and a revocation of a vector that it delivered
 
 The header rules are applied twice, the second time under the store's lock right before acceptance.
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 
 from common.errors import ParcelError, RefusedError, SignatureError
 from common.parcels import SERVER, SKEW_S, Header, Kind
-from common.payloads import PayloadFacts, check_table, check_tensors
+from common.payloads import PayloadFacts, check_fitness, check_table, check_tensors
 from common.signing import Sealed
 from server.members import Member
 from server.store import OpenRun
@@ -147,7 +148,9 @@ class Admission:
         self.check_digest(header, facts.digest, facts.size_bytes)
         if header.kind.holds_tensors:
             check_tensors(header, facts, max_norm=run.max_norm)
-        if header.kind in (Kind.METRICS, Kind.FITNESS):
+        if header.kind is Kind.FITNESS:
+            check_fitness(facts.values)
+        if header.kind is Kind.METRICS:
             for name, value in facts.values.items():
                 if name.rpartition("/")[2] not in run.metrics:
                     raise RefusedError(f"metric {name}: not one of this run's", reason="metrics")

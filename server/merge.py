@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.catalog import Catalog
 from common.config import LoraSection, MergeMethod, RunConfig, validate
@@ -33,6 +33,9 @@ from server.learning.options import AUTO, AUTO_PAPER, check_learned, parse_candi
 from server.learning.prepare import load_inputs
 from server.merging import methods, unknown_name
 from server.tensors import check_vectors, merge_tensors
+
+if TYPE_CHECKING:
+    from server.asking import Asking
 
 SCHEMA_VERSION = 1
 VECTOR_FILE = "vector.safetensors"
@@ -95,10 +98,12 @@ def run_merge(
     work: Path,
     report: Report = NO_REPORT,
     cache: Path | None = None,
+    asking: Asking | None = None,
 ) -> MergeResult:
     """Merge `taus` (domain -> vector) by `method`, or read what `work/<label>/` already has.
 
-    `cache` (default `work/embeddings`) keeps embeddings that several merges of a run read.
+    `cache` (default `work/embeddings`) keeps embeddings that several merges of a run read. `asking` are the
+    domains of a run under way, for a merge that asks them.
     Catalogs are needed by learned methods and by those that need Gram matrices. Raises ConfigError
     (method, options), VectorError (naming domain and tensor), DataError (catalog), ModelError (base,
     divergence), StorageError.
@@ -108,7 +113,8 @@ def run_merge(
     check_vectors(taus)
     config = config.model_copy(update={"learning": method.learning or config.learning})
     folder = work / method.label
-    job = _Job(method, options, base_folder, taus, catalogs, config, folder, cache or work / "embeddings")
+    embeddings = cache or work / "embeddings"
+    job = _Job(method, options, base_folder, taus, catalogs, config, folder, embeddings, asking)
     inputs = job.inputs()
     shapes = {name: tuple(tensor.shape) for name, tensor in next(iter(taus.values())).items()}
     found = _read(folder, inputs, shapes)
@@ -155,6 +161,7 @@ class _Job:
     config: RunConfig  # its learning section is the method's own where it has one
     folder: Path
     cache: Path
+    asking: Asking | None
 
     def run(self, report: Report) -> _Merged:
         if self.config.lora is not None:
@@ -201,10 +208,11 @@ class _Job:
         started_s, table = time.monotonic(), adapter_tensors(self.base_folder, lora)
         for adapter in self.taus.values():
             check_adapter(adapter, table)
-        found = METHODS[self.method.method](
-            AdapterInputs(self.base_folder, lora, self.taus, self.catalogs, self.config, self.folder, report),
-            self.options,
+        domains = self.asking.domains(self.method.label) if self.asking is not None else None
+        inputs = AdapterInputs(
+            self.base_folder, lora, self.taus, self.catalogs, self.config, self.folder, report, domains
         )
+        found = METHODS[self.method.method](inputs, self.options)
         check_adapter(found.adapter, table)
         return _Merged(found.adapter, time.monotonic() - started_s, found.coefficients, found.facts)
 

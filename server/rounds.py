@@ -20,10 +20,11 @@ from common.language.adapters import folder_digest
 from common.ledger import Journal
 from common.metrics import run_metrics
 from common.models.base import resolve_base
-from common.orders import EVALUATE, INSTALL, ROUND, Candidate
+from common.orders import EVALUATE, INSTALL, ROUND, SCORE, Candidate
 from common.parcels import EVERYONE, SERVER, Codec, Kind, Parcel, code_version, draft, seal_parcel
 from common.progress import StatusFile
 from common.vectors import TaskVector, read_vector, write_vector
+from server.asking import Asking, generations_of
 from server.federation import Control, GridLike, Outcome, ask_for_metrics, contribute
 from server.home import ServerHome
 from server.merge import MergeResult, run_merge
@@ -68,6 +69,7 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
     enter(home, run, journal, status, "merge")
     survey_of(home, run)
     inputs = read_inputs(home, run, outcome.delivered)
+    asking = Asking(control, home, run, journal, inputs.vector_parcels)
     merged = [
         run_merge(
             method,
@@ -77,6 +79,7 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
             run.spec.config,
             run.folder / "merges",
             status,
+            asking=asking,
         )
         for method in run.spec.config.merge
     ]
@@ -97,16 +100,21 @@ def execute(grid: GridLike, home: ServerHome, run: Run) -> None:
 
 def open_run(run: Run, **changes: Any) -> OpenRun:
     """What the server admits for `run`; `changes` are other fields of `OpenRun`."""
+    generations = generations_of(run.spec.config, len(run.spec.members))
     facts: dict[str, Any] = {
         "run": run.spec.run_id,
         "base_digest": run.spec.base_digest,
         "domains": frozenset(run.spec.members),
         "tensors": {name: tuple(shape) for name, shape in run.spec.tensors.items()},
-        "rounds": ROUND[INSTALL] + 1,
+        "rounds": ROUND[SCORE] + generations if generations else ROUND[INSTALL] + 1,
         "metrics": frozenset(run_metrics(run.spec.config)),
         "max_norm": run.spec.config.run.max_norm,
     }
-    return OpenRun(**{**facts, **changes})
+    opened = OpenRun(**{**facts, **changes})
+    if not generations:
+        return opened
+    quota = {"kinds": opened.kinds | {Kind.FITNESS}, "quota_parcels": opened.quota_parcels + generations}
+    return opened.model_copy(update=quota)
 
 
 def without_withdrawn(home: ServerHome, run: Run, outcome: Outcome) -> Outcome:

@@ -30,6 +30,7 @@ from common.orders import INSTALL, REVOKE, Candidate, Order
 from common.parcels import EVERYONE, SERVER, Codec, Kind, Parcel, draft, seal_parcel
 from common.progress import StatusFile
 from common.revocation import Revocation
+from server.asking import Asking
 from server.federation import Control, GridLike, Outcome, ask_for_metrics
 from server.home import ServerHome
 from server.merge import run_merge
@@ -238,7 +239,8 @@ def execute_withdrawal(grid: GridLike, home: ServerHome, run: Run) -> None:
         (method,) = run.spec.config.merge
         base = resolve_base(run.spec.config.base.model)
         config, work = run.spec.config, run.folder / "merges"
-        merged = [run_merge(method, base, inputs.taus, inputs.catalogs, config, work, status)]
+        asking = Asking(control, home, run, journal, inputs.vector_parcels)
+        merged = [run_merge(method, base, inputs.taus, inputs.catalogs, config, work, status, asking=asking)]
         journal.put("contributed", {"delivered": domains, "lost": {}})
         survey_of(home, run)
 

@@ -70,6 +70,7 @@ def _isolate(job: Job, tell: int) -> None:
     """
     readable = [Path(path) for path in (job.domain, job.base, job.model) if path]
     readable += [Path(candidate.vector).parent for candidate in job.candidates]
+    readable += [Path(job.numbers).parent] if job.numbers else []
     slots = shared_folder()
     writable = [
         *(Path(job.work), Path(job.fits or job.work), Path(job.status or job.work).parent),

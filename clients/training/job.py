@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from clients.privacy import PrivacyLimits
+from clients.privacy import AnswerLimits, PrivacyLimits
 from common.config import Frozen, RunConfig, validate
 from common.errors import FederationError, IsthmusError
 from common.files import write_atomic
@@ -68,11 +68,13 @@ class Job(Frozen):
     With `release.max_tpr` some users are left out, and a vector that tells too much is a LeakageError.
     `fits` is where fine-tunings are kept, shared between runs; empty: in `work`.
     "candidates": evaluate base + vector for each of `candidates`.
+    "answers": losses on validation users of the mixtures that the file `numbers` names, of the adapters
+    `candidates` in the order of their labels, within `answers`. What was answered is kept in `fits`.
     `limits` is what the owner demands of a fine-tuning's privacy, after `epsilon_spent` in earlier ones.
     `home`: what the trainer must not see, the folders above excepted; empty: it is not isolated.
     """
 
-    mode: Literal["fit", "evaluate", "candidates"]
+    mode: Literal["fit", "evaluate", "candidates", "answers"]
     domain: str
     base: str
     work: str
@@ -81,6 +83,8 @@ class Job(Frozen):
     model: str = ""
     label: str = ""
     candidates: tuple[Candidate, ...] = ()
+    numbers: str = ""
+    answers: AnswerLimits = AnswerLimits()
     fits: str = ""
     evaluate_after_fit: bool = True
     release: ReleaseLimit = ReleaseLimit()
@@ -94,6 +98,8 @@ class Job(Frozen):
     def _check(self) -> Job:
         if self.mode == "evaluate" and not (self.model and self.label):
             raise ValueError("an evaluation needs `model` and `label`")
+        if self.mode == "answers" and not (self.numbers and self.candidates and self.config.lora):
+            raise ValueError("answers need `numbers`, adapters and a run of adapters")
         return self
 
     @property
@@ -157,7 +163,7 @@ def run_job(job: Job, on_start: Callable[[subprocess.Popen[bytes]], None] | None
     raise _named_error(job, status)
 
 
-_PATHS = ("domain", "base", "work", "status", "model", "fits", "home")
+_PATHS = ("domain", "base", "work", "status", "model", "numbers", "fits", "home")
 
 
 def noted(job: Job, *, isolated: bool) -> bool:

@@ -21,7 +21,7 @@ from clients.training.evaluate import Evaluation, evaluate
 from clients.training.fit import fine_tune, load_encoder
 from clients.training.job import Candidate, Job
 from clients.training.leakage import check_release, hold_out
-from common.config import RunConfig
+from common.config import InstructionSection, LoraSection, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import BaseMismatchError, FederationError
 from common.files import write_atomic
@@ -91,6 +91,42 @@ def _candidates(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
         if not candidate.keep:
             shutil.rmtree(folder)
     return {"evaluations": evaluations}
+
+
+def _answers(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
+    """`losses_e3` of a generation, and of how many users; answers of before cost nothing again."""
+    from clients.data.instructions import rankings_of
+    from clients.fitness import Answers, UserSamples
+    from clients.training.language import load_language
+    from common.language.evaluation import fit
+    from common.language.generation import read_generation
+    from common.language.pool import Pool
+    from common.language.prompts import Template
+
+    base, config = Path(job.base), job.config
+    lora, section = config.lora, config.instruction or InstructionSection()
+    table = crossing_tensors(base, config)
+    pool = Pool({c.label: read_vector(Path(c.vector), table, c.codec) for c in job.candidates})
+    candidates = read_generation(Path(job.numbers), len(pool))
+    lm, template = load_language(base, config), Template.load(section.template)
+    rankings = rankings_of(
+        domain, "valid", config.run.seed, section.candidates, history_items=section.history_items,
+        max_users=config.training.validation_users,
+    )  # fmt: skip
+    fitted = fit(lm, template, rankings, section.max_prompt_tokens)
+    users = [
+        UserSamples(one.user, ((template.ranking_prompt(one), template.ranking_answer(one)),))
+        for one in fitted
+    ]
+    answer = Answers(
+        lm, lora or LoraSection(), pool, users, job.answers, Path(job.fits or job.work) / "answers",
+        batch_size=config.evaluation.batch_size,
+    )  # fmt: skip
+    losses = []
+    for number, candidate in enumerate(candidates):
+        report(phase="answers", step=number, total=len(candidates))
+        losses.append(answer(candidate))
+    return {"losses_e3": losses, "users": len(users), "left": answer.left}
 
 
 def compose(base: Path, candidate: Candidate, config: RunConfig, folder: Path) -> None:
@@ -191,7 +227,7 @@ def _known_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
             yield dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-_MODES = {"fit": _fit, "evaluate": _evaluate, "candidates": _candidates}
+_MODES = {"fit": _fit, "evaluate": _evaluate, "candidates": _candidates, "answers": _answers}
 
 
 def peak_memory_bytes() -> int:

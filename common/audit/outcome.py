@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from common.audit.scan import MISSES
 from common.ledger import Crossing
-from common.parcels import Header, Receipt
+from common.parcels import Header, Kind, Receipt
 
 LIMITS = (
     "that nothing left by another way: traffic that never passed the gate is in no ledger",
@@ -48,6 +48,15 @@ class DomainReport:
     withdrawn: list[dict[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
+
+    def add_spend(self, spend: dict[str, int | str]) -> None:
+        """One parcel's claim of privacy.
+
+        Equal ones of fitness are one: each claims the owner's whole budget of answers, over all runs.
+        """
+        told = any({**known, "run": ""} == {**spend, "run": ""} for known in self.privacy)
+        if spend["kind"] != Kind.FITNESS or not told:
+            self.privacy.append(spend)
 
 
 @dataclass(frozen=True)

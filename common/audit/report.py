@@ -32,7 +32,7 @@ from common.pages import (
     table,
     tag,
 )
-from common.parcels import EVERYONE, SERVER
+from common.parcels import EVERYONE, SERVER, Kind
 from common.roots import Root
 from common.signing import PublicKey
 
@@ -301,10 +301,9 @@ def _spend(domain: DomainReport) -> str:
     for kind in sorted({str(spend["kind"]) for spend in domain.privacy}):
         spends = [spend for spend in domain.privacy if spend["kind"] == kind]
         total = domain.sent[kind].count if kind in domain.sent else len(spends)
+        of = "all answers together" if kind == Kind.FITNESS else f"{len(spends)} of {total}"
         delta = sum(int(spend["delta_e12"]) for spend in spends) / 1e12
-        said.append(
-            f"{kind}: epsilon {_epsilon(spends)}, delta {delta:g} claimed for {len(spends)} of {total}"
-        )
+        said.append(f"{kind}: epsilon {_epsilon(spends)}, delta {delta:g} claimed for {of}")
     return ", ".join(said) or "none claimed"
 
 

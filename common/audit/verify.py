@@ -465,7 +465,7 @@ class _Audit:
             parcel = self._parcels.get(crossing.digest)
             if sent and parcel is not None and parcel.header.privacy != Privacy():
                 header = parcel.header
-                report.privacy.append(
+                report.add_spend(
                     {"run": header.run, "kind": header.kind.value, **header.privacy.model_dump()}
                 )
 

@@ -31,7 +31,7 @@ from common.language.scoring import candidate_scores, first_token_entropies
 from common.language.validation import Validation
 from server.evolution.workers import ScoringWorkers
 
-AskDomain = Callable[[str, Sequence[Candidate]], Sequence[float]]
+AskDomains = Callable[[Sequence[Candidate]], Mapping[str, Sequence[float]]]
 
 
 class Fitness(Protocol):
@@ -185,24 +185,24 @@ class AgreementFitness(ModelFitness):
 class DomainFitness:
     """The mean of what the domains answer; of one domain, what it answers.
 
-    `ask(domain, candidates)` gives the domain's numbers. A domain that answers nothing finite for a candidate
-    makes the candidate's loss NaN: leaving it out would compare candidates on different domains.
+    `ask(candidates)` gives each domain's numbers, of the same domains on every call. One that answers nothing
+    finite for a candidate makes its loss NaN: leaving it out would compare candidates on different domains.
     """
 
-    def __init__(self, domains: Sequence[str], ask: AskDomain, facts: Mapping[str, Any]) -> None:
-        """`facts`: what the domains measure, for the key (run, base). Raises DataError without domains."""
-        if not domains:
-            raise DataError("no domain to ask for fitness", next_step="name at least one")
-        self._domains, self._ask = sorted(domains), ask
-        self.key = {"source": "domains", "domains": self._domains, **facts}
+    def __init__(self, ask: AskDomains, facts: Mapping[str, Any]) -> None:
+        """`facts`: what the domains measure, for the key (run, base)."""
+        self._ask = ask
+        self.key = {"source": "domains", **facts}
 
     def losses(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The domains' mean for each candidate."""
-        answers = [list(self._ask(domain, candidates)) for domain in self._domains]
-        for domain, own in zip(self._domains, answers, strict=True):
+        """The domains' mean for each candidate. Raises DataError where none answers, or not all of it."""
+        answers = self._ask(candidates)
+        if not answers:
+            raise DataError("no domain answers about candidates", next_step="ask one at least")
+        for domain, own in answers.items():
             if len(own) != len(candidates):
                 raise DataError(f"domain {domain} answered {len(own)} of {len(candidates)} candidates")
-        return [math.fsum(column) / len(column) for column in zip(*answers, strict=True)]
+        return [math.fsum(column) / len(column) for column in zip(*answers.values(), strict=True)]
 
 
 def _check_some(prompts: Sequence[object]) -> None:

@@ -12,10 +12,10 @@ its module is imported in `server/language/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.catalog import Catalog
 from common.config import LoraSection, RunConfig, validate
@@ -23,7 +23,24 @@ from common.language.adapters import Adapter
 from common.progress import Report
 from server.merging._models import Options
 
+if TYPE_CHECKING:
+    from common.language.pool import Candidate
+
+DOMAINS = "domains"  # the fitness that domains answer
+
 __all__ = ["METHODS", "AdapterInputs", "AdapterMethod", "AdapterResult", "Options", "adapter_method"]
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The domains that may be asked how good a candidate is.
+
+    `shared` are those whose owners let their adapters be passed on, with their pseudonyms: only these can be
+    mixed. `ask` takes candidates for a pool of them, by pseudonym, and gives each answering domain's losses.
+    """
+
+    shared: Mapping[str, str]
+    ask: Callable[[Sequence[Candidate]], Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class AdapterInputs:
     """What a method merges.
 
     `adapters` are by domain, in the order of the names, float32 on the CPU, of the run's table; `catalogs`
-    likewise; `work` is the merge's own folder, which survives a kill.
+    likewise; `work` is the merge's own folder, which survives a kill. `domains` are there within a run alone.
     """
 
     base: Path
@@ -41,6 +58,7 @@ class AdapterInputs:
     config: RunConfig
     work: Path
     report: Report
+    domains: Domains | None = None
 
 
 @dataclass(frozen=True)

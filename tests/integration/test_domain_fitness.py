@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.fitness import AnswerLimits, Answers, UserSamples
+from clients.fitness import Answers, UserSamples
+from clients.privacy import AnswerLimits
 from common.config import LoraSection
 from common.errors import PolicyError
 from common.language.adapters import adapter_tensors, initial_adapter
@@ -36,6 +37,9 @@ class Border:
 
     def __init__(self, answers: dict[str, Answers]) -> None:
         self.answers, self.sent, self.returned = answers, [], []
+
+    def ask_all(self, candidates: list[Candidate]) -> dict[str, list[float]]:
+        return {domain: self.ask(domain, candidates) for domain in sorted(PRIVATE)}
 
     def ask(self, domain: str, candidates: list[Candidate]) -> list[float]:
         found = []
@@ -79,7 +83,7 @@ def border(base: Path, pool: Pool, folder: Path, **limits: int) -> Border:
 
 
 def merge(crossings: Border, pool: Pool, work: Path) -> Candidate:
-    return evolve(pool, DomainFitness(list(PRIVATE), crossings.ask, {"run": "r"}), OPTIONS, work).candidate
+    return evolve(pool, DomainFitness(crossings.ask_all, {"run": "r"}), OPTIONS, work).candidate
 
 
 def test_the_domains_find_a_merge_that_serves_both(base: Path, pool: Pool, tmp_path: Path) -> None:

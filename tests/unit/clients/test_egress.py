@@ -1,7 +1,9 @@
 """The egress gate fails closed."""
 
 import json
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from crossing import BASE, RUN, TENSORS, Owner, Shore, make_catalog, make_metric
 from safetensors.numpy import save_file
 
 from clients.policy import EgressPolicy
+from clients.privacy import AnswerLimits, privacy_of
 from common.config import validate
 from common.errors import ConfigError, GateError, VectorError
 from common.files import sha256_bytes, sha256_file
 from common.ledger import Crossing
-from common.parcels import Codec, Header, Kind
+from common.parcels import Codec, Header, Kind, Privacy
+from common.payloads import encode_values
 from common.revocation import Revocation
 from common.tensorfile import read_index, rewrite, tensor_facts
 
@@ -241,6 +245,42 @@ def test_metrics(toys: Owner, tmp_path: Path) -> None:
         assert "not allowed" in _refused(toys, bad, Kind.METRICS)
     assert "users_bucket" in _refused(toys, good, Kind.METRICS, round=1, training={"users_bucket": 20})
     assert "users_bucket" in _refused(toys, good, Kind.METRICS, round=1, training={})
+
+
+def test_fitness(tmp_path: Path) -> None:
+    limits = AnswerLimits(clip=2.0, noise_multiplier=20.0, max_answers=10)
+    policy = EgressPolicy(kinds=(*EgressPolicy().kinds, Kind.FITNESS), answers=limits)
+    toys, number = Owner(tmp_path / "toys", Shore(tmp_path / "server"), policy=policy), count()
+
+    def offered(privacy: Privacy | None = None, **values: Any) -> str:
+        payload = tmp_path / f"fitness-{next(number)}"
+        payload.write_bytes(encode_values(values))
+        header = toys.draft(payload, Kind.FITNESS, privacy=privacy or privacy_of(limits))
+        try:
+            toys.gate.release(header, payload)
+        except GateError as err:
+            return err.message
+        return ""
+
+    good = {"candidates": "c" * 64, "0000/loss_e3": 1999, "0001/loss_e3": 0}
+    assert offered(**good) == ""
+    assert "above what `answers.clip`" in offered(**{**good, "0000/loss_e3": 2001})
+    assert "privacy facts" in offered(Privacy(), **{**good, "0000/loss_e3": 7})
+    for wrong in (
+        {"0000/loss_e3": 5}, {"candidates": "c" * 64}, {**good, "0003/loss_e3": 1}, {**good, "note": 5},
+        {**good, "candidates": "done"}, {**good, "0000/loss_e3": 1.5}, {**good, "0000/loss_e3": -1},
+    ):  # fmt: skip
+        assert "fitness: " in offered(**wrong)
+    plain = Owner(tmp_path / "plain", Shore(tmp_path / "other"))
+    payload = tmp_path / "fitness"
+    payload.write_bytes(encode_values(good))
+    with pytest.raises(GateError, match="not allowed by the policy"):
+        plain.gate.release(plain.draft(payload, Kind.FITNESS), payload)
+
+
+def test_an_adapter_is_shared_by_its_owner_alone(toys: Owner, tmp_path: Path) -> None:
+    vector = make_vector(tmp_path / "v")
+    assert "'shared' is not allowed" in _refused(toys, vector, Kind.TASK_VECTOR, training={"shared": 1})
 
 
 def test_card(toys: Owner, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from clients.fitness import AnswerLimits, Answers, UserSamples, privacy_of
+from clients.fitness import Answers, UserSamples
+from clients.privacy import AnswerLimits, privacy_of
 from common.config import LoraSection
 from common.errors import DataError, PolicyError
 from common.language.adapters import adapter_tensors

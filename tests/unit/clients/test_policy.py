@@ -29,7 +29,7 @@ def test_the_file_says_what_each_key_means_and_reads_back(tmp_path: Path) -> Non
     text = (tmp_path / "policy.toml").read_text()
     lines = text.splitlines()
     for key in EgressPolicy.model_fields:
-        (place,) = [n for n, line in enumerate(lines) if line.startswith((f"{key} = ", f"[{key}]"))]
+        place = next(n for n, line in enumerate(lines) if line.startswith((f"{key} = ", f"[{key}]")))
         assert lines[place - 1].startswith("# ")
     assert EgressPolicy.model_validate(tomllib.loads(policy_text(EgressPolicy()))) == EgressPolicy()
     with pytest.raises(ConfigError, match="there already"):

@@ -20,6 +20,7 @@ STATEMENT: dict[str, Any] = {
     "config": json.dumps(CONFIG.model_dump(mode="json")),
     "base_digest": "b" * 64,
     "candidates": [{"label": "mergerec-layer", "parcel": "a" * 64, "model_digest": ""}],
+    "generation": 0,
 }
 
 
@@ -83,11 +84,22 @@ def test_a_missing_field(field: str) -> None:
         candidates(model_digest="x"),
         candidates(path="/etc"),
         {"candidates": STATEMENT["candidates"] * 2},
+        {"generation": 1},
+        {"action": "score", "generation": -1},
+        {"action": "score", "generation": True},
+        {"action": "score", "generation": 10_000},
+        {"action": "receive", **candidates(label="../../../data")},
     ],
 )
 def test_what_is_not_an_order(changes: dict[str, Any]) -> None:
     with pytest.raises(ParcelError):
         opened(changes)
+
+
+def test_orders_about_candidates() -> None:
+    assert opened({"action": "receive", **candidates(label="domain-1f2e3d")}).round == 4
+    score = opened({"action": "score", "generation": 7})
+    assert (score.round, score.key.rpartition("/")[2]) == (12, "7")
 
 
 def test_a_label_that_the_configuration_makes_unsafe() -> None:

@@ -121,21 +121,21 @@ def test_entropy_is_that_of_the_first_answer_tokens(lm, base, pool, adapters):
 def test_domains_are_asked_for_numbers_and_give_one_each():
     asked = []
 
-    def ask(domain, candidates):
-        asked.append((domain, list(candidates)))
-        return [{"tea": 1.0, "toys": 2.0}[domain]] * len(candidates)
+    def ask(candidates):
+        asked.append(list(candidates))
+        return {domain: [loss] * len(candidates) for domain, loss in (("tea", 1.0), ("toys", 2.0))}
 
-    fitness = DomainFitness(["toys", "tea"], ask, {"run": "r"})
+    fitness = DomainFitness(ask, {"run": "r"})
     candidates = [Candidate.of([1], [0.5]), Candidate.of([0], [1])]
     assert fitness.losses(candidates) == [1.5, 1.5]
-    assert asked == [("tea", candidates), ("toys", candidates)]
-    silent = DomainFitness(["tea", "toys"], lambda domain, _: [1.0, math.nan if domain == "tea" else 1.0], {})
+    assert asked == [candidates]
+    silent = DomainFitness(lambda _: {"tea": [1.0, math.nan], "toys": [1.0, 1.0]}, {})
     assert silent.losses(candidates)[0] == 1.0
     assert math.isnan(silent.losses(candidates)[1])
     with pytest.raises(DataError, match="domain tea answered 1 of 2"):
-        DomainFitness(["tea"], lambda *_: [1.0], {}).losses(candidates)
+        DomainFitness(lambda _: {"tea": [1.0]}, {}).losses(candidates)
     with pytest.raises(DataError, match="no domain"):
-        DomainFitness([], ask, {})
+        DomainFitness(lambda _: {}, {}).losses(candidates)
 
 
 @pytest.mark.parametrize("source", [ScoringFitness, EntropyFitness])
