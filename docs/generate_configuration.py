@@ -220,6 +220,7 @@ def adapter_methods() -> str:
 def render() -> str:
     """The whole page."""
     run_keys = frozenset(key for key, _ in leaves(RunConfig))
+    policy_keys = frozenset(f"policy.{key}" for key, _ in leaves(EgressPolicy))
     simulation_keys = frozenset(key for key, _ in leaves(SimulationConfig))
     reference = "\n".join(f"{key} = {_toml(value)}" for key, value in REFERENCE_LEARNING.items())
     return "\n".join(
@@ -242,8 +243,9 @@ def render() -> str:
             "Fills these values in `[learning]`, as the reference implementation has them:\n",
             f"```toml\n[learning]\n{reference}\n```",
             "\n## A simulation",
-            "\nA run's file with these keys in addition. Read by `isthmus simulate CONFIG --out DIR`.\n",
-            table(SimulationConfig, SIMULATION_MEANINGS, skip=run_keys),
+            "\nA run's file with these keys in addition. Read by `isthmus simulate CONFIG --out DIR`.",
+            "`[policy]` is the `policy.toml` of every owner, with the keys below.\n",
+            table(SimulationConfig, SIMULATION_MEANINGS, skip=run_keys | policy_keys),
             "\n## Attacks",
             "\nA simulation's file and these keys. Read by `isthmus attacks CONFIG --out DIR`.\n",
             table(AttackConfig, {}, skip=simulation_keys),

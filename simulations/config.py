@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
+from clients.policy import EgressPolicy
 from common.config import Frozen, RunConfig, load_toml
 from common.errors import ConfigError
 
@@ -45,9 +46,10 @@ class SimulationSection(Frozen):
 
 
 class SimulationConfig(RunConfig):
-    """A `RunConfig` with `[[domain]]` entries and a `[simulation]` section."""
+    """A `RunConfig` with `[[domain]]` entries, a `[simulation]` section and every owner's `[policy]`."""
 
     simulation: SimulationSection = SimulationSection()
+    policy: EgressPolicy = EgressPolicy()
     domain: tuple[DomainSource, ...] = ()
 
     def run_config(self) -> RunConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 from clients.data.domain import Domain
 from clients.home import ClientHome
 from clients.join import join
+from clients.policy import EgressPolicy
 from clients.training.slots import environment
 from common.config import RunConfig
 from common.errors import FederationError
@@ -43,11 +44,14 @@ class OnOneMachine:
         *,
         threads_per_domain: int = 1,
         trainers_at_once: int | None = None,
+        policy: EgressPolicy | None = None,
     ) -> None:
+        """`policy` is every owner's; None: the default one."""
         self.folder = folder.resolve()
         self._slots = trainers_at_once or max(1, (os.cpu_count() or 1) // threads_per_domain)
         self._data = data
         self._threads = threads_per_domain
+        self._policy = policy
 
     @property
     def server_home(self) -> ServerHome:
@@ -124,7 +128,14 @@ class OnOneMachine:
             return
         kit_path = self.folder / "kits" / f"{domain}.kit.json"
         write_kit(home, domain, kit_path)
-        join(read_kit(kit_path), path, data=self._data[domain], base=base, supernode_port=free_ports(1)[0])
+        join(
+            read_kit(kit_path),
+            path,
+            data=self._data[domain],
+            base=base,
+            supernode_port=free_ports(1)[0],
+            policy=self._policy,
+        )
 
     def start_run(self, config: RunConfig) -> Run:
         """The run that an interruption left open, or a new one."""

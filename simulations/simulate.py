@@ -46,7 +46,10 @@ def run_simulation(config: SimulationConfig, out: Path, *, fresh: bool = False) 
     setup_s = time.time() - started_s
 
     machine = OnOneMachine(
-        out, data, **config.simulation.model_dump(include={"threads_per_domain", "trainers_at_once"})
+        out,
+        data,
+        policy=config.policy,
+        **config.simulation.model_dump(include={"threads_per_domain", "trainers_at_once"}),
     )
     statuses = {name: machine.client_path(name) / "work" / "status.json" for name in data}
     progress = Progress(statuses, console)

@@ -75,7 +75,7 @@ def run_language_study(
     for number, (lab, name, make) in enumerate(columns):
         report(phase=PHASE, step=number, total=len(columns))
         settings = config.model_dump(
-            mode="json", exclude={"pretraining": True, "merge": True, "publish": True}
+            mode="json", exclude={"pretraining": True, "merge": True, "publish": True, "policy": True}
         )
         key = json_digest(
             {"base": lab.digest, "settings": settings, "column": name, "seed": lab.config.run.seed}

@@ -12,13 +12,13 @@ from shores import RUN_S, Federation, read_json, synthetic, write_toml
 from tests.unit.language.conftest import build_causal
 
 DOMAINS = ("garden", "kitchen")
-ROWS = ["zero-shot", "fine-tuned", "factors", "product", "universal"]
+ROWS = ["zero-shot", "fine-tuned", "factors", "product", "evo-merging", "universal"]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def language_simulation(base: Path) -> dict[str, Any]:
-    """Six steps; two merges."""
+    """Six steps; three merges, one of which asks the domains."""
     return {
         "run": {"name": "language"},
         "base": {"model": str(base)},
@@ -29,7 +29,20 @@ def language_simulation(base: Path) -> dict[str, Any]:
         },
         "lora": {"rank": 2, "alpha": 4, "modules": ["q_proj", "v_proj"], "publish_merged": True},
         "instruction": {"candidates": 5, "history_items": 4, "generated_users": 4},
-        "merge": [{"method": "factors"}, {"method": "product"}],
+        "merge": [
+            {"method": "factors"},
+            {"method": "product"},
+            {
+                "method": "evo-merging",
+                "options": {
+                    "fitness": "domains", "ratio_iterations": 1, "scale_iterations": 1, "population": 4,
+                },
+            },
+        ],
+        "policy": {
+            "kinds": ["domain-card", "catalog", "task-vector", "metrics", "revocation", "fitness"],
+            "share_adapter": True, "answers": {"min_users": 10},
+        },
         "publish": "product",
         "domain": [{"name": name, "path": name, "users": 60} for name in DOMAINS],
     }  # fmt: skip
@@ -53,6 +66,8 @@ def test_adapters_cross_merge_and_recommend(federation: Federation, tmp_path: Pa
     assert {path.name for path in (out / "model").iterdir()} >= {"adapter_config.json", "README.md"}
     (run,) = (out / "server" / "runs").iterdir()
     assert (run / "merged" / "model.safetensors").is_file()
+
+    assert all(facts["in"]["fitness"]["count"] == 4 for facts in summary["crossings"].values())
 
     home = out / "domains" / "garden"
     item = json.loads(federation.ok("client", "recommend", "--home", home, "--history", first_item(folder),
