@@ -23,12 +23,14 @@ from clients.privacy import AnswerLimits, privacy_of
 from common.audit.cli import app as audit
 from common.config import RunConfig
 from common.errors import ConfigError, FederationError
+from common.files import sha256_file
 from common.parcels import Header, Kind, Privacy
-from server import rounds
+from server import rounds, withdrawal
 from server.asking import generations_of
 from server.federation import Control
 from server.rounds import execute
 from server.runs import Run
+from server.withdrawal import execute_withdrawal, withdraw
 from tests.unit.language.conftest import build_causal
 
 LABEL = "evo-merging"
@@ -201,6 +203,31 @@ def test_who_shares_nothing_is_left_out_and_who_answers_nothing_is_not_asked(
     assert scales["toys"] == record["coefficients"]["ratios"]["toys"] == 0.0
     vectors = headers(federation, kind=Kind.TASK_VECTOR)
     assert {header.sender for header in vectors if "shared" in header.training} == {"books", "tea"}
+
+
+@pytest.mark.parametrize("federation", [{name: policy() for name in ("books", "tea", "toys")}], indirect=True)
+def test_without_a_withdrawn_vector_the_others_are_asked_anew(
+    federation: LocalFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(withdrawal, "Control", partial(Control, sleep_s=0.0))
+    run = begun(federation)
+    execute(federation.grid(), federation.server(), run)
+    (gone,) = headers(federation, kind=Kind.TASK_VECTOR, sender="toys")
+    again, grid = withdraw(federation.server(), "toys"), federation.grid()
+    execute_withdrawal(grid, federation.server(), again)
+    asked = Counter(asked for asked in grid.asked if asked[1] in ("receive", "score"))
+    assert asked == {
+        (domain, action): count
+        for domain in ("books", "tea")
+        for action, count in (("receive", 1), ("score", GENERATIONS))
+    }
+    scales = json.loads((again.folder / "merges" / LABEL / "merge.json").read_text())["coefficients"][
+        "scales"
+    ]
+    assert set(scales) == {"books", "tea"}
+    for domain in federation.domains:  # its adapter is in no pool any more
+        pools = federation.path(domain).glob("work/*/pool/*.payload")
+        assert gone.payload_digest not in {sha256_file(file) for file in pools}
 
 
 @pytest.mark.parametrize("federation", [{"books": policy(shares=False), "tea": policy()}], indirect=True)
