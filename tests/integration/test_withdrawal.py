@@ -247,7 +247,7 @@ def test_the_vector_is_never_admitted_merged_or_given_out_again(
     grid = federation.grid()
     late = started(federation, seed, quorum=2)  # has the vector already when it is withdrawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "run_merge", lambda *_: killed())
+        patch.setattr(rounds, "run_merge", lambda *_, **__: killed())
         with pytest.raises(KilledError):
             execute(grid, federation.server(), late)
     run = withdraw(federation.server(), GONE, done.spec.run_id)
