@@ -230,16 +230,21 @@ def _see_to_its_end(home: ServerHome, run: Run, *, wait: bool) -> None:
             raise typer.Exit(1)
 
 
+def bounded(config: RunConfig) -> RunConfig:
+    """`config` with a bound on norms, by default that of the base's own tensors: what a run keeps."""
+    if config.run.max_norm is not None:
+        return config
+    norm = trainable_norm(resolve_base(config.base.model))
+    return config.model_copy(update={"run": config.run.model_copy(update={"max_norm": norm})})
+
+
 def create_run(home: ServerHome, config: RunConfig) -> Run:
     """A pending run of `config`, checked as far as it can be before anybody trains."""
     from server.merge import check_method
 
     for method in config.merge:
         check_method(method, config)
-    base = resolve_base(config.base.model)
-    if config.run.max_norm is None:
-        limited = config.run.model_copy(update={"max_norm": trainable_norm(base)})
-        config = config.model_copy(update={"run": limited})
+    config, base = bounded(config), resolve_base(config.base.model)
     members = tuple(m.domain for m in home.members.all() if not m.is_revoked)
     return home.runs.create(
         config,

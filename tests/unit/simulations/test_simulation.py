@@ -13,9 +13,12 @@ from clients.data.domain import Domain
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.progress import StatusFile
+from server.cli import create_home
+from server.members import Member
 from server.results import tables
 from simulations import live, simulate
 from simulations.config import DomainSource, SimulationConfig, load_simulation
+from simulations.federation import OnOneMachine
 
 TWO = """
 [[domain]]
@@ -130,6 +133,18 @@ def test_a_folder_belongs_to_one_configuration(tmp_path: Path, pico_model: Path)
         simulate._claim(config, out, fresh=False)
     simulate._claim(other, out, fresh=True)
     assert not (out / "summary.json").exists()
+
+
+def test_a_run_that_is_open_goes_on(tmp_path: Path, pico_model: Path) -> None:
+    hosts = {"name": "pico", "hosts": ["127.0.0.1"], "bind": "127.0.0.1"}
+    ports = {"fleet": 9000, "exchange": 9001, "enrol": 9002, "superlink": 9003}
+    home = create_home(tmp_path / "server", {**hosts, "ports": ports})
+    home.members.put(Member("toys", "domain-1", "1" * 64, "2" * 64, "PEM", "f" * 64, "12", 5))
+    machine, config = OnOneMachine(tmp_path, {}), config_for(pico_model).run_config()
+    run = machine.start_run(config)
+    assert machine.start_run(config).spec == run.spec
+    run.set_state("done")
+    assert machine.start_run(config).spec.run_id != run.spec.run_id
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, pico_model: Path) -> None:
