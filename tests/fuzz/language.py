@@ -1,4 +1,4 @@
-"""Decoders of language models: prompt templates, labelled prompts, TALLRec's questions, adapter folders."""
+"""Decoders of language models: templates, prompts, TALLRec's questions, adapters, candidates and answers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from safetensors.numpy import load_file
 
 from clients.data.instructions import read_tallrec
 from common.language.adapters import adapter_digest, load_adapter
+from common.language.generation import read_generation, write_generation
+from common.language.pool import Candidate
 from common.language.prompts import FOLDER, Template
 from common.language.records import Ranking, YesNo
 from common.language.samples import read_samples
+from common.payloads import CANDIDATES, check_fitness, decode_values, encode_values
 from fuzz.decoders import DECODERS, Decoder, Make, as_text, decoder, encoded
 from fuzz.models import ADAPTER, adapter_files
 
@@ -48,6 +51,32 @@ def language_samples(folder: Path) -> Decoder:
 
     samples = [{"prompt": f"rank\n- oak \u2028 {n}", "answer": "oak"} for n in range(3)]
     return Decoder((b"\n".join(map(encoded, samples)), b'{"prompt":"a\xe2\x80\xa8b","answer":"b"}\n\n'), read)
+
+
+@decoder
+def candidate_numbers(folder: Path) -> Decoder:
+    path, candidates = folder / "generation.safetensors", [Candidate.of([1, 0.5], [0.25, -1.5])] * 2
+    write_generation(path, candidates)
+    whole = path.read_bytes()
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        for found in read_generation(path, 2):
+            assert found == Candidate.of(found.ratios, found.scales)
+            assert len(found.ratios) == len(found.scales) == 2
+
+    return Decoder((whole,), read)
+
+
+@decoder
+def fitness_values(_folder: Path) -> Decoder:
+    def read(data: bytes) -> None:
+        values = decode_values(data)
+        check_fitness(values)
+        assert len(values) > 1 and all(type(values[name]) is int for name in values if name != CANDIDATES)
+
+    answers = {CANDIDATES: "c" * 64, "0000/loss_e3": 1999, "0001/loss_e3": 0}
+    return Decoder((encode_values(answers),), read)
 
 
 @decoder
