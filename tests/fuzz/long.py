@@ -145,7 +145,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="for all decoders together")
-    parser.add_argument("--decoder", action="append", help="only these")
+    parser.add_argument("--decoder", action="append", choices=sorted(names()), help="only these")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--index", type=int, help="read one input again and show what happens")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
