@@ -33,7 +33,7 @@ from common.files import sha256_bytes, sha256_file, write_atomic
 from common.models.base import model_digest, resolve_base
 from common.orders import CONTRIBUTE, EVALUATE, INSTALL, RECEIVE, REVOKE, SCORE, Order
 from common.parcels import SERVER, Codec, Kind, Privacy, bucket, draft
-from common.payloads import CANDIDATES, encode_values
+from common.payloads import encode_values, fitness_values
 from common.progress import StatusFile
 from common.revocation import Revocation
 
@@ -197,20 +197,15 @@ class Actions:
             adapters = [Candidate(**record) for record in json.loads((work / POOL).read_bytes())]
         except FileNotFoundError:
             raise ParcelError("the server asks about mixtures of adapters that it never sent") from None
-        (wanted,) = order.candidates
-        folder = work / "generations"
-        parcel = self._exchange.fetch(wanted.parcel, folder)
-        header = parcel.header
-        if (header.base_digest, header.run, header.kind) != (order.base_digest, order.run, Kind.CANDIDATE):
-            raise BaseMismatchError("a generation is for another base model, run or purpose")
+        (generation,) = self._fetch(order, "generations")
+        numbers = Path(generation.vector)
         with self._timed("answers"):
-            result = self._job(order, base, "answers", adapters, parcel.payload)
-        losses = {f"{number:04d}/loss_e3": loss for number, loss in enumerate(result["losses_e3"])}
+            result = self._job(order, base, "answers", adapters, numbers)
         path = work / f"{order.generation}.fitness.json"
-        write_atomic(path, encode_values({CANDIDATES: header.payload_digest, **losses}))
+        write_atomic(path, encode_values(fitness_values(sha256_file(numbers), result["losses_e3"])))
         facts = {"users_bucket": bucket(result["users"])}
         self._send(order, Kind.FITNESS, path, Codec.JSON, facts)
-        shutil.rmtree(folder)
+        shutil.rmtree(numbers.parent)
 
     def _compare(self, order: Order, installed: Path, universal: Mapping[str, float]) -> None:
         """Keep beside the model how it and the domain's own do on the test users; say where it is worse."""

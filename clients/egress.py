@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from clients.policy import EgressPolicy
-from clients.privacy import THOUSANDTHS, check_claim, privacy_of
+from clients.privacy import check_claim, privacy_of
 from common.catalog import Catalog
 from common.errors import GateError, IsthmusError, ParcelError, RefusedError, SignatureError, StorageError
 from common.files import copy_hashed, fsync_folder, sha256_bytes, sha256_file, write_atomic
@@ -38,6 +38,7 @@ from common.notes import Checkpoint, Note
 from common.parcels import SERVER, Header, Kind, Parcel, Receipt, bucket, seal_parcel
 from common.payloads import (
     METRIC_DECIMALS,
+    THOUSANDTHS,
     PayloadFacts,
     check_fitness,
     check_table,

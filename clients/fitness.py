@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clients.privacy import THOUSANDTHS, AnswerLimits
+from clients.privacy import AnswerLimits
 from common.config import LoraSection
 from common.digests import json_digest
 from common.errors import DataError, PolicyError
@@ -37,6 +37,7 @@ from common.language.pool import Candidate, Pool
 from common.language.samples import Sample
 from common.language.validation import Validation
 from common.learning_state import Trajectory, read_trajectory
+from common.payloads import THOUSANDTHS
 
 ANSWERS_FILE = "answers.jsonl"
 

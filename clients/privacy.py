@@ -22,7 +22,6 @@ from common.ledger import Journal
 from common.parcels import Kind, Privacy
 
 CLAIM = "privacy.json"
-THOUSANDTHS = 1000  # what losses about candidates are whole numbers of
 
 
 class PrivacyLimits(Frozen):

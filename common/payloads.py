@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ METRIC_DECIMALS = 6
 MAX_JSON_BYTES = 256 << 10
 METRIC_NAME = re.compile(r"[a-z0-9][a-z0-9@_./:-]{0,79}")
 CANDIDATES = "candidates"  # of a fitness: the digest of the numbers that it answers
+THOUSANDTHS = 1000  # what the losses of a fitness are whole numbers of
 _CODE, _DIGEST = re.compile(CODE_PATTERN), re.compile(DIGEST_PATTERN)
 JsonFacts = dict[str, int | float | str]
 
@@ -97,11 +98,20 @@ def check_table(header: Header, expected: Mapping[str, tuple[int, ...]]) -> None
             )
 
 
+def fitness_values(candidates: str, losses_e3: Iterable[int]) -> JsonFacts:
+    """A fitness: the digest of the file of candidates, and the loss of each in thousandths."""
+    return {CANDIDATES: candidates, **{f"{n:04d}/loss_e3": loss for n, loss in enumerate(losses_e3)}}
+
+
 def check_fitness(values: Mapping[str, int | float | str]) -> None:
     """Raises RefusedError unless this is the digest of candidates and a whole number, 0 or more, of each."""
+    digest = str(values.get(CANDIDATES, ""))
     losses = {name: value for name, value in values.items() if name != CANDIDATES}
-    names = [f"{number:04d}/loss_e3" for number in range(len(losses))]
-    if not losses or sorted(losses) != names or not _DIGEST.fullmatch(str(values.get(CANDIDATES, ""))):
+    if (
+        not losses
+        or values.keys() != fitness_values(digest, range(len(losses))).keys()
+        or not _DIGEST.fullmatch(digest)
+    ):
         raise problem("metrics", "fitness: not `candidates` and a loss of each, numbered from 0000")
     if not all(type(value) is int and value >= 0 for value in losses.values()):
         raise problem("metrics", "fitness: a loss is not a whole number, 0 or more")

@@ -25,14 +25,12 @@ from common.language.pool import Candidate as Mixture
 from common.ledger import Journal
 from common.orders import RECEIVE, ROUND, SCORE, Candidate, Order
 from common.parcels import EVERYONE, SERVER, Codec, Kind, Parcel, draft, seal_parcel
-from common.payloads import CANDIDATES
+from common.payloads import CANDIDATES, THOUSANDTHS
 from server.evolution.options import EvolutionOptions
 from server.federation import Control
 from server.home import ServerHome
 from server.language.registry import DOMAINS, Domains
 from server.runs import Run
-
-_THOUSANDTHS = 1000
 
 
 def generations_of(config: RunConfig, adapters: int) -> int:
@@ -48,7 +46,7 @@ def generations_of(config: RunConfig, adapters: int) -> int:
 
 @dataclass
 class Asking:
-    """The domains of one run that are asked. `delivered` are those with a vector in `parcels`."""
+    """The domains of one run that may be asked: those whose vectors are in `parcels`."""
 
     control: Control
     home: ServerHome
@@ -160,7 +158,7 @@ class Asking:
         ):
             values = json.loads(self.home.store.read_bytes(stored.payload_digest))
             if values.pop(CANDIDATES) == payload and len(values) == count:
-                return [values[name] / _THOUSANDTHS for name in sorted(values)]
+                return [values[name] / THOUSANDTHS for name in sorted(values)]
         return None
 
     def _until_s(self) -> float:

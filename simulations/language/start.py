@@ -40,9 +40,8 @@ def co_occurrence(groups: Iterable[Sequence[Sequence[int]]], vocabulary: int, di
     count_VV.log_().clamp_(min=0)
     left_VK, size_K, _ = torch.svd_lowrank(count_VV, q=dimensions, niter=2)
     embedding_VK = left_VK * size_K.sqrt()
-    embedding_VK @= torch.linalg.qr(
-        torch.randn(dimensions, dimensions)
-    ).Q  # no place is more telling than another
+    turn_KK = torch.linalg.qr(torch.randn(dimensions, dimensions)).Q
+    embedding_VK @= turn_KK  # so that no place is more telling than another
     embedding_VK += 0.05 * embedding_VK.norm(dim=1).mean() / dimensions**0.5 * torch.randn_like(embedding_VK)
     return torch.nn.functional.normalize(embedding_VK, dim=1)
 
