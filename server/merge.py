@@ -27,6 +27,7 @@ from common.progress import NO_REPORT, Report, prefixed
 from common.vectors import TaskVector, read_vector, write_vector
 from server.learning import learn
 from server.learning.choose import Judge, pick
+from server.learning.confluence import CONFLUENCE, CONFLUENCE_PAPER, ConfluenceOptions, confluence
 from server.learning.grams import GRAM_ITEMS, gram_matrices
 from server.learning.losses import LOSSES
 from server.learning.options import AUTO, AUTO_PAPER, check_learned, parse_candidates
@@ -41,7 +42,11 @@ SCHEMA_VERSION = 1
 VECTOR_FILE = "vector.safetensors"
 JOURNAL_FILE = "merge.json"
 
-LEARNED_PAPERS = {**{name: loss.paper for name, loss in LOSSES.items()}, AUTO: AUTO_PAPER}
+LEARNED_PAPERS = {
+    **{name: loss.paper for name, loss in LOSSES.items()},
+    CONFLUENCE: CONFLUENCE_PAPER,
+    AUTO: AUTO_PAPER,
+}
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ class _Job:
             )
         if self.method.method in LOSSES:
             return self._learn(prefixed(report, f"merge {self.method.label}"))
+        if self.method.method == CONFLUENCE:
+            return self._flow_together(prefixed(report, f"merge {self.method.label}"))
         if self.method.method == AUTO:
             return self._choose(prefixed(report, self.method.label))
         return self._merge(report)
@@ -256,6 +263,23 @@ class _Job:
             cache=self.cache,
         )
         return _Merged(learned.vector, learned.seconds, learned.coefficients, learned.facts)
+
+    def _flow_together(self, report: Report) -> _Merged:
+        config = self.config
+        merged = confluence(
+            self.base_folder,
+            self.taus,
+            self.catalogs,
+            ConfluenceOptions.model_validate(self.options),
+            learning=config.learning,
+            text=config.text,
+            work=self.folder,
+            cache=self.cache,
+            seed=config.run.seed,
+            report=report,
+            pooling=config.base.pooling,
+        )
+        return _Merged(merged.vector, merged.seconds, merged.coefficients, merged.facts)
 
     def _choose(self, report: Report) -> _Merged:
         """Merge by every candidate, score each, and give the chosen one with the reasons."""

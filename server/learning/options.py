@@ -11,6 +11,7 @@ from pydantic import Field, create_model
 from common.coefficients import Granularity
 from common.config import MergeMethod, validate
 from common.errors import ConfigError
+from server.learning.confluence import CONFLUENCE, ConfluenceOptions
 from server.learning.losses import LOSSES
 from server.learning.optimise import PLAIN
 from server.merging import methods, processes
@@ -52,6 +53,8 @@ def learned_options(process: str) -> type[Options]:
 
 def check_learned(method: MergeMethod, where: str, check: Callable[[MergeMethod], object]) -> dict[str, Any]:
     """The options of a learned method or of `auto`, checked and complete; `check` checks its candidates."""
+    if method.method == CONFLUENCE:
+        return validate(method.options, ConfluenceOptions, where=where).model_dump(mode="json")
     if method.method != AUTO:
         model = learned_options(str(method.options.get("process", PLAIN)))
         return validate(method.options, model, where=where).model_dump(mode="json")

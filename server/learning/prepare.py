@@ -180,7 +180,7 @@ def pseudo_domains(
             for domain in domains:
                 if domain.texts.name != teacher:
                     model = teacher_model(inputs, domain.texts, teacher, params, store)
-                    domain.teachers.append(_teach(inputs, model, teacher, domain.histories, store))
+                    domain.teachers.append(teach(inputs, model, teacher, domain.histories, store))
     report(phase="teachers", step=total, total=total)
     return domains, draws
 
@@ -206,7 +206,7 @@ def _domain(
     rows = {int(n): place.setdefault(history, len(place)) for n, history in zip(mine_N, drawn, strict=True)}
     held_rows = [place.setdefault(history, len(place)) for history in kept]
     teachers = (
-        [] if model is None or target == "none" else [_teach(inputs, model, texts.name, list(place), store)]
+        [] if model is None or target == "none" else [teach(inputs, model, texts.name, list(place), store)]
     )
     sample_C = sample_items(len(texts), kept, learning, inputs.seed).to(inputs.device)
     return PseudoDomain(texts, list(place), rows, held_rows, sample_C, teachers)
@@ -254,9 +254,11 @@ def histories_of(
     return [tuple(item for item in row if item >= 0) for row in found]
 
 
-def _teach(
+def teach(
     inputs: Inputs, model: TeacherModel, teacher: str, histories: list[History], store: EmbeddingCache
 ) -> Teacher:
+    """What `teacher`'s model says of a domain's items and of these pseudo-users (kept in `store`)."""
+
     def users() -> dict[str, Tensor]:
         return {
             "users": embed_histories(inputs.encoder, model.params, model.texts, model.items_IE, histories)
