@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from common.errors import ConfigError, suggest
 
 EMBEDDED_BASE = "embedded"
-DEFAULT_PUBLISHED = "task-arithmetic"
+DEFAULT_PUBLISHED = ("confluence", "task-arithmetic")  # the first that is among the merges
 ADAPTER_MERGES = ("factors", "knots", "product")
 INSTRUCTION_EVALUATION = {"k": 3, "batch_size": 8}
 INSTRUCTION_CUTS = (1, 3)  # NDCG@k by which early stopping and comparisons go
@@ -280,6 +280,8 @@ class RunConfig(Frozen):
         MergeMethod(method="weight-averaging"),
         MergeMethod(method="task-arithmetic"),
         MergeMethod(method="ties"),
+        MergeMethod(method="iso-c"),
+        MergeMethod(method="confluence"),
         MergeMethod(method="adamerging", options={"granularity": "domain"}),
         MergeMethod(method="adamerging", options={"granularity": "layer"}),
         MergeMethod(method="mergerec", options={"granularity": "domain"}),
@@ -288,7 +290,7 @@ class RunConfig(Frozen):
     publish: str = Field(
         "",
         description="label of the merge that becomes the universal model; "
-        "empty: task-arithmetic if it is among them, else the last",
+        "empty: confluence or task-arithmetic, if one is among them, else the last",
     )
     evaluation: EvaluationSection = EvaluationSection()
     lora: LoraSection | None = None
@@ -333,7 +335,7 @@ class RunConfig(Frozen):
         if not labels:
             raise ValueError("no [[merge]] entry; name at least one method")
         if not self.publish:
-            chosen = DEFAULT_PUBLISHED if DEFAULT_PUBLISHED in labels else labels[-1]
+            chosen = next((label for label in DEFAULT_PUBLISHED if label in labels), labels[-1])
             object.__setattr__(self, "publish", chosen)  # resolved before anybody sees the frozen model
         if self.publish not in labels:
             raise ValueError(f"publish = {self.publish!r} names no [[merge]] entry; there are {labels}")

@@ -26,6 +26,7 @@ from clients.policy import EgressPolicy
 from common.config import ADAPTER_MERGES, REFERENCE_LEARNING, RunConfig
 from server.home import ServerConfig
 from server.language.registry import METHODS
+from server.learning.confluence import CONFLUENCE, ConfluenceOptions
 from server.learning.options import AUTO, AutoOptions, default_candidates
 from server.merge import LEARNED_PAPERS
 from server.merging import methods, processes
@@ -201,8 +202,9 @@ def merge_methods() -> str:
         *(
             f"| `{name}` | as `adamerging` | {paper} |"
             for name, paper in LEARNED_PAPERS.items()
-            if name not in ("adamerging", AUTO)
+            if name not in ("adamerging", CONFLUENCE, AUTO)
         ),
+        f"| `{CONFLUENCE}` | {_options(ConfluenceOptions)} | {LEARNED_PAPERS[CONFLUENCE]} |",
         f"| `{AUTO}` | {_options(AutoOptions)} | {LEARNED_PAPERS[AUTO]} |",
     ]
     return "| `method` | options with defaults | source |\n|---|---|---|\n" + "\n".join(rows)

@@ -13,6 +13,15 @@ Coefficients of the vectors, learned on pseudo-users that are made from the cata
 Steps and the rest are in the recipe's [learning] section, as in a run's configuration. Each step is a forward
 and a backward pass of the merged model."""
 _LEARNED_EQUATION = "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient"
+_CONFLUENCE = """\
+Weighs the vectors and scales a merge by `rule` so that no domain's model is left behind, then distils.
+
+The weights are those whose merge agrees best with the domains' models on held-back pseudo-users. Then `steps`
+steps move all merged tensors towards the average of each domain's model and the merge. `steps = 0` leaves that
+out, `rounds = 0` the weighing. Needs no labels and no users. Costs `rounds + 5` rankings of the held-back
+pseudo-users, two passes of a model over each catalog, and forward and backward passes: minutes on two cores
+for five catalogs of ten thousand items and 22 million parameters."""
+_CONFLUENCE_EQUATION = "theta_0 + scale rule(w_d tau_d), then argmin_theta KL(softmax(t / T) || softmax(s / T))"
 _CHOSEN = """\
 Merges by every candidate and keeps the one that ranks most as the fine-tuned models do.
 
@@ -88,16 +97,18 @@ def _memory(method: Method) -> str:
 
 def _learned() -> list[Explanation]:
     from common.config import MergeMethod
+    from server.learning.confluence import CONFLUENCE
     from server.learning.options import AUTO
     from server.merge import LEARNED_PAPERS, check_method
 
+    own = {AUTO: (_CHOSEN, _CHOSEN_EQUATION), CONFLUENCE: (_CONFLUENCE, _CONFLUENCE_EQUATION)}
     return [
         Explanation(
             name,
             "models",
-            _CHOSEN if name == AUTO else _LEARNED,
+            own.get(name, (_LEARNED, _LEARNED_EQUATION))[0],
             paper,
-            _CHOSEN_EQUATION if name == AUTO else _LEARNED_EQUATION,
+            own.get(name, (_LEARNED, _LEARNED_EQUATION))[1],
             check_method(MergeMethod(method=name)),
             "the catalog of every model",
             "all vectors",

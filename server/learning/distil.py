@@ -36,7 +36,7 @@ from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
 from server.learning.losses import ranking_distillation
 from server.learning.prepare import Inputs, histories_of, seen_items, teach, teacher_model
-from server.learning.pseudo_users import History, Seeds, embed_histories, hold_back
+from server.learning.pseudo_users import History, Seeds, check_sizes, embed_histories, hold_back
 from server.learning.teachers import (
     DomainTexts,
     EmbeddingCache,
@@ -70,11 +70,13 @@ def lessons(
     """Every domain's pseudo-users for so many steps, with both teachers' embeddings (kept in `store`).
 
     Time: two passes over each catalog, and some `history_length + 2` over the pseudo-users. Items that are
-    held back neither begin a history nor are rolled out into one.
+    held back neither begin a history nor are rolled out into one. Raises DataError for a catalog of one item.
     """
     learning, found = inputs.learning, []
     texts = [tokenize(inputs.encoder, inputs.catalogs[name], inputs.text) for name in inputs.domains]
-    held = hold_back({text.name: len(text) for text in texts}, learning, inputs.seed)
+    sizes = {text.name: len(text) for text in texts}
+    check_sizes(sizes, learning)
+    held = hold_back(sizes, learning, inputs.seed)
     begun = with_vector(inputs.base, start)
     for index, text in enumerate(texts):
         report(phase="pseudo-users", step=index, total=len(texts))

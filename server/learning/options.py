@@ -26,7 +26,8 @@ DEFAULT_CANDIDATES = (
     "task-arithmetic lambda=0.5",
     "ties",
     "tsv-merge",
-    "ranking-distillation granularity=layer",
+    "iso-c",
+    "confluence",
 )
 
 
@@ -35,7 +36,7 @@ class AutoOptions(Options):
 
     candidates: str = ""
     margin: Annotated[float, Field(ge=0, le=1)] = 0.02
-    target: Literal["ensemble", "own"] = "ensemble"
+    target: Literal["ensemble", "own"] = "own"
 
 
 def learned_options(process: str) -> type[Options]:
@@ -67,7 +68,7 @@ def check_learned(method: MergeMethod, where: str, check: Callable[[MergeMethod]
 
 def default_candidates() -> str:
     """The candidates of `auto` when none are named: those of the usual methods that are installed."""
-    known = [*methods(), *LOSSES]
+    known = [*methods(), *LOSSES, CONFLUENCE]
     return ", ".join(text for text in DEFAULT_CANDIDATES if text.split()[0] in known)
 
 

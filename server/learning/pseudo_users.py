@@ -106,12 +106,7 @@ def draw(
     All such items of all catalogs are shuffled together and used up before any comes again. Raises
     DataError when a catalog is too small for the seen item to be left out.
     """
-    for name, size in sizes.items():
-        if size < 1 + learning.mask_seen:
-            raise DataError(
-                f"domain {name!r}: a catalog of {size} item(s) leaves nothing to recommend",
-                next_step="give the domain more items, or leave it out of learned merging",
-            )
+    check_sizes(sizes, learning)
     generator = np.random.default_rng([seed, 1])
     nothing = np.empty(0, np.int64)
     free = [
@@ -127,6 +122,16 @@ def draw(
     longest_D = np.array([max(1, min(size - 1, len(items))) for size, items in pairs])
     length_N = np.minimum(generator.integers(1, learning.history_length + 1, count), longest_D[domain_N])
     return Draws(domain_N, item_I[order_N], length_N)
+
+
+def check_sizes(sizes: Mapping[str, int], learning: LearningSection) -> None:
+    """Raises DataError when a catalog is too small for the seen item to be left out."""
+    for name, size in sizes.items():
+        if size < 1 + learning.mask_seen:
+            raise DataError(
+                f"domain {name!r}: a catalog of {size} item(s) leaves nothing to recommend",
+                next_step="give the domain more items, or leave it out of learned merging",
+            )
 
 
 def _one_item(seeds: Seeds, learning: LearningSection, teacher: TeacherModel | None) -> list[History]:

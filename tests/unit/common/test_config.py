@@ -95,7 +95,9 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_what_is_published_is_resolved() -> None:
-    assert RunConfig().publish == "task-arithmetic"
+    assert RunConfig().publish == "confluence"
+    both = validate({"merge": [{"method": "task-arithmetic"}, {"method": "ties"}]}, RunConfig, where="here")
+    assert both.publish == "task-arithmetic"
     only = validate({"merge": [{"method": "ties"}]}, RunConfig, where="here")
     assert only.publish == "ties"
     with pytest.raises(ConfigError, match="at least one method"):
