@@ -105,6 +105,18 @@ def test_learned_is_journaled_and_follows_its_inputs(case: Case) -> None:
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize("method", ["mergerec", "auto", "regmean"])
+def test_what_a_catalog_calls_its_domain_does_not_matter(case: Case, method: str) -> None:
+    """`isthmus merge` calls models what their folders are called, and two may have one catalog."""
+    shared = dict.fromkeys(case.taus, case.catalogs["kitchen"])
+    options = {"candidates": "weight-averaging, ties"} if method == "auto" else {}
+    merged = case.merge(MergeMethod(method=method, options=options), catalogs=shared)
+    if method == "mergerec":
+        assert set(merged.coefficients["layer-0"]) == set(case.taus)
+    if method == "auto":
+        assert set(merged.facts["scores"]["ties"]["domains"]) == set(case.taus)
+
+
 def test_learned_on_ties_vectors(case: Case) -> None:
     options: dict[str, float | int | str | bool] = {
         "granularity": "domain",
