@@ -15,9 +15,9 @@ from server.adapters._base import check_base
 from server.adapters._read import Adapter, read_adapter
 from server.adapters._write import base_name, check_out, write_adapter
 from server.adapters.rules import AdapterMethod, find, resolve
+from server.engine.recipe import LARGEST_WEIGHT
 
 SCHEMA_VERSION = 1
-LARGEST_WEIGHT = 1e6
 Weights = Mapping[str, float] | Sequence[float] | None
 
 

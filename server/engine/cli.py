@@ -15,12 +15,20 @@ import click
 
 from common.console import errors_as_exit, progress_bars
 from common.errors import ConfigError
-from server.engine.recipe import DEVICES, DTYPES, Recipe, make_recipe, read_recipe
+from server.engine.recipe import (
+    DEVICES,
+    DTYPES,
+    Recipe,
+    absolute,
+    free_label,
+    make_recipe,
+    read_recipe,
+)
 
 EPILOG = "Without a server and without a network. docs/merging.md has examples."
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(epilog=EPILOG, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--base", help='Base model: a folder, or "embedded".')
 @click.option("--model", "models", multiple=True, metavar="[LABEL=]DIR", help="A model; once for each.")
@@ -75,8 +83,12 @@ def _recipe(path: Path | None, out: Path | None, flags: dict[str, Any]) -> Recip
                 next_step="write it in the recipe, or use flags alone",
             )
         return read_recipe(path, out)
-    models = [_model(text) for text in given.pop("models", ())]
-    labels = {str(model.get("label", Path(model["path"]).name)): model for model in models}
+    models: list[dict[str, Any]] = []
+    for text in given.pop("models", ()):
+        label, folder = split_label(text)
+        label = label or free_label(absolute(Path.cwd(), folder), [model["label"] for model in models])
+        models.append({"label": label, "path": folder})
+    labels = {model["label"]: model for model in models}
     for flag, key in (("catalogs", "catalog"), ("weights", "weight")):
         for text in given.pop(flag, ()):
             label, value = _pair(text, f"--{key}")
@@ -99,11 +111,6 @@ def split_label(text: str) -> tuple[str, str]:
     """Label and folder of `[LABEL=]DIR`; the label is empty where none is given."""
     label, equals, path = text.partition("=")
     return (label, path) if label and equals and "/" not in label and not Path(text).exists() else ("", text)
-
-
-def _model(text: str) -> dict[str, Any]:
-    label, path = split_label(text)
-    return {"label": label, "path": path} if label else {"path": path}
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

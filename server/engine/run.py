@@ -30,7 +30,7 @@ from server.merging import Method, find, prepare, unknown_name
 from server.merging._vectors import BLOCK_VALUES, Floats
 
 SCHEMA_VERSION = 1
-_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def merge_folders(
@@ -185,7 +185,9 @@ def _warn_of_vectors(vectors: FolderVectors) -> list[str]:
     labels = list(vectors.labels)
     warnings = [
         f"{label} equals the base: its task vector is zero and counts as one"
-        for label, changed in zip(labels, vectors.changed_N, strict=True)
+        if weight
+        else f"{label} has weight 0: its task vector is zero and counts as one"
+        for label, changed, weight in zip(labels, vectors.changed_N, vectors.weight_N, strict=True)
         if not changed
     ]
     first: dict[int, str] = {}

@@ -90,7 +90,7 @@ class FolderVectors:
         self._base = [tensor for tensor in base.tensors.values() if tensor.dtype in FLOATS]
         self._models = [[model[tensor.name] for tensor in self._base] for model in models.values()]
         self._labels = list(models)
-        self._weight_N = [np.float32(weight) for weight in weights]
+        self.weight_N = [np.float32(weight) for weight in weights]
         self.reader = Reader()
         self.first = 0
         self.base_X: Floats = np.empty(0, np.float32)
@@ -180,8 +180,8 @@ class FolderVectors:
     def _subtract(self, place: int, vector: int, start: int, tau_X: Floats, base_X: Floats) -> None:
         self.reader.read(self._models[vector][place], start, tau_X)
         np.subtract(tau_X, base_X, out=tau_X)
-        if self._weight_N[vector] != 1:
-            tau_X *= self._weight_N[vector]
+        if self.weight_N[vector] != 1:
+            tau_X *= self.weight_N[vector]
 
     def _not_finite(self, place: int, vector: int) -> VectorError:
         """The base is to blame where it is not finite itself."""

@@ -72,6 +72,11 @@ def _no_weights(family: Family) -> None:
     (family["toys"] / "model.safetensors").unlink()
 
 
+def _a_file(family: Family) -> None:
+    shutil.rmtree(family["toys"])
+    family["toys"].write_text("no folder")
+
+
 def _no_folder(family: Family) -> None:
     shutil.rmtree(family["toys"])
 
@@ -125,6 +130,7 @@ CASES: list[tuple[Callable[[Family], None], type[IsthmusError], str]] = [
     (_truncated, ModelError, "toys/model.safetensors: not a well-formed safetensors file"),
     (_no_header, ModelError, "toys/model.safetensors: not a well-formed safetensors file"),
     (_no_weights, ModelError, "toys: no model.safetensors"),
+    (_a_file, ModelError, "toys: is a file"),
     (_no_folder, ModelError, "toys: no such model folder"),
     (_no_config, ConfigError, "base: has no config.json"),
     (_index_lies, ModelError, "toys/model.safetensors.index.json: tensor .* is not in the file"),
@@ -253,6 +259,15 @@ def test_dtypes_may_differ_with_a_warning(family: Family, tmp_path: Path) -> Non
     wanted = base + ((beauty - base) + (short[WORDS].astype(np.float32) - base)) / 2
     np.testing.assert_allclose(weights(tmp_path / "out")[WORDS], wanted, rtol=1e-6)
     assert weights(tmp_path / "out")[WORDS].dtype == np.float32
+
+
+def test_the_result_may_be_float16(family: Family, tmp_path: Path) -> None:
+    merge(family, "weight-averaging", out=tmp_path / "wide")
+    merge(family, "weight-averaging", dtype="fp16")
+    for name, values in weights(tmp_path / "out").items():
+        assert values.dtype == np.float16
+        np.testing.assert_array_equal(values, weights(tmp_path / "wide")[name].astype(np.float16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_tied_layers_and_buffers_follow_the_base(tmp_path: Path) -> None:

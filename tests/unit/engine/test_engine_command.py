@@ -97,7 +97,8 @@ def test_warnings_go_to_stderr(family: dict[str, Path], tmp_path: Path) -> None:
         (("label =", "lable ="), r"unknown key 'model.2.lable'\n  next: did you mean 'label'"),
         (('label = "games"', 'label = "beauty"'), "'beauty' is taken by another model"),
         (('label = "games"', 'label = "a|b"'), "must be letters, digits"),
-        (("weight = 2", "weight = nan"), "model.2.weight: must be finite"),
+        (("weight = 2", "weight = nan"), "model.2.weight: nan is out of range"),
+        (("weight = 2", "weight = -1e7"), "model.2.weight: -1e.07 is out of range"),
         (("weight = 2", 'weight = "2"'), "model.2.weight: must be a number"),
         (('base = "base"', "base = 1"), "base: must be text"),
         (('base = "base"', ""), "names no base model"),
@@ -135,6 +136,33 @@ def test_wrong_flags(tmp_path: Path, arguments: tuple[str, ...], message: str) -
     shown = run(*arguments)
     assert shown.exit_code == 2
     assert message in shown.stderr
+
+
+def test_a_flag_names_the_model_that_the_result_names(family: dict[str, Path], tmp_path: Path) -> None:
+    """Folders of one name in two places: the second is `toys-2`, for flags too."""
+    other = write_model(tmp_path / "other" / "toys", moved(random_tensors(0), 5))
+    spaced = write_model(tmp_path / "spiel zeug", moved(random_tensors(0), 6))
+    models = [argument for path in (family["toys"], other, spaced) for argument in ("--model", path)]
+    weights = ("--weight", "toys=0.5", "--weight", "toys-2=-2", "--weight", "spiel-zeug=0")
+    arguments = ("--base", family["base"], *models, *weights, "--method", "task-arithmetic")
+    shown = run(*arguments, "--out", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr == "warning: spiel-zeug has weight 0: its task vector is zero and counts as one\n"
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    found = {label: facts["weight"] for label, facts in record["models"].items()}
+    assert found == {"toys": 0.5, "toys-2": -2, "spiel-zeug": 0}
+    base, toys, second = (
+        load_file(folder / "model.safetensors") for folder in (family["base"], family["toys"], other)
+    )
+    for name, values in load_file(tmp_path / "out" / "model.safetensors").items():
+        wanted = base[name] + 0.3 * (0.5 * (toys[name] - base[name]) - 2 * (second[name] - base[name]))
+        np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_no_arguments_show_the_help() -> None:
+    shown = run()
+    assert shown.exit_code == 2
+    assert "--explain" in shown.output
 
 
 def test_labels_come_from_folders(tmp_path: Path) -> None:
