@@ -61,8 +61,12 @@ def merge(
         found = _recipe(recipe, out, flags)
         from server.engine.run import merge_folders
 
-        with progress_bars() as report:
-            record = merge_folders(found, force=force, digests=not no_digests, report=report)
+        try:
+            with progress_bars() as report:
+                record = merge_folders(found, force=force, digests=not no_digests, report=report)
+        except KeyboardInterrupt:
+            click.echo("what is done is kept: the same command goes on from there", err=True)
+            raise
         if shown_as == "json":
             click.echo(json.dumps({"out": str(found.out), **record}))
         else:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import ConfigError
-from common.files import storage_errors
+from common.files import named_os_errors, storage_errors
 from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 _CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@named_os_errors()
 def merge_folders(
     recipe: Recipe, *, force: bool = False, digests: bool = True, report: Report = NO_REPORT
 ) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def merge_folders(
 
     force: replace an output folder that exists. digests: SHA-256 of the inputs for the card.
     Raises ConfigError (recipe, options, output), ModelError and BaseMismatchError (folders), VectorError
-    (naming file and tensor), DataError (catalogs), StorageError.
+    (naming file and tensor), DataError (catalogs), StorageError (a disk that is full, a file that may not be
+    read or written).
     """
     started_s = time.monotonic()
     check_out(recipe)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import moved, random_tensors, write_model
 
-from common.errors import BaseMismatchError, ConfigError, DataError, IsthmusError, ModelError, VectorError
+from common.errors import (
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    IsthmusError,
+    ModelError,
+    StorageError,
+    VectorError,
+)
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
 
@@ -323,6 +333,34 @@ def test_a_file_that_changes_meanwhile_is_noticed(family: Family) -> None:
     recipe = Recipe(entries, "ties", family["base"].parent / "out", family["base"])
     with pytest.raises(ModelError, match=r"toys/model.safetensors: changed while it was read"):
         merge_folders(recipe, report=report)
+
+
+class _Refused:
+    """`os.open` that may not open one file: the tests may run as root, whom no mode keeps out."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.open = name, os.open
+
+    def __call__(self, path: Any, *more: Any, **keywords: Any) -> int:
+        if Path(path).name == self.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return self.open(path, *more, **keywords)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ".out.merging.jsonl"])
+def test_a_file_that_may_not_be_opened_is_named(
+    family: Family, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "open", _Refused(name))
+    with pytest.raises(StorageError, match=rf"{name}: Permission denied\n  next: check that path"):
+        merge(family)
+
+
+def test_an_output_below_a_file_is_refused(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(StorageError, match="letter: File exists"):
+        merge(family, out=tmp_path / "letter" / "out")
+    assert (tmp_path / "letter").read_text() == "dear"
 
 
 def test_a_catalog_with_empty_texts_is_refused(family: Family, tmp_path: Path) -> None:
