@@ -72,6 +72,9 @@ def merge(
         else:
             for warning in record["warnings"]:
                 click.echo(f"warning: {warning}", err=True)
+            facts = record.get("facts", {})
+            if "why" in facts:
+                click.echo(f"chose {facts['chosen']}: {facts['why']}")
             click.echo(
                 f"merged {len(found.models)} by {found.method} into {found.out} in {record['seconds']} s"
             )

@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learned:
-    """A merged vector [tensor -> values], the resolved options, and what was found: coefficients, reasons."""
+    """A merged vector [tensor -> values], the resolved options, and what was found.
+
+    `found` are entries of `merge.json`: coefficients, reasons, and the sections of the recipe, resolved.
+    `catalogs` name each model's catalog by file and digest. `trajectory` holds the coefficients step by step.
+    """
 
     vector: dict[str, Floats]
     options: dict[str, Any]
     found: dict[str, Any]
+    catalogs: dict[str, dict[str, str]]
+    trajectory: Path | None
 
 
 def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Report) -> Learned:
@@ -44,7 +50,9 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
 
     from common.catalog import Catalog
     from common.config import MergeMethod, RunConfig, validate
+    from common.files import sha256_file
     from common.models.base import trainable_tensors
+    from common.models.device import default_device
     from server.merge import LEARNED_PAPERS, check_method, run_merge
 
     config = validate(
@@ -71,8 +79,22 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
         label: {name: torch.from_numpy(values) for name, values in tau.items()} for label, tau in taus.items()
     }
     result = run_merge(method, inputs.base.path, tensors, catalogs, config, work, report)
-    merged = {name: tensor.numpy() for name, tensor in result.vector.items()}
-    return Learned(merged, options, {"coefficients": result.coefficients, "facts": result.facts})
+    found = {"coefficients": result.coefficients, "facts": result.facts, "device": default_device()}
+    sections = ("learning", "text") if recipe.method in LEARNED_PAPERS else ("text",)
+    found |= {section: getattr(config, section).model_dump(mode="json") for section in sections}
+    if result.facts.get("fallback"):
+        inputs.warnings.append("no step lowered the held-back loss: the result is where learning began")
+    return Learned(
+        {name: tensor.numpy() for name, tensor in result.vector.items()},
+        options,
+        found,
+        {
+            entry.label: {"name": entry.catalog.name, "sha256": sha256_file(entry.catalog)}
+            for entry in recipe.models
+            if entry.catalog
+        },
+        result.trajectory_path,
+    )
 
 
 def _read(vectors: FolderVectors, kept: set[str], warnings: list[str]) -> dict[str, dict[str, Floats]]:

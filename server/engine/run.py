@@ -8,6 +8,7 @@ or three for methods that need thresholds) writes the weights; the base's config
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,11 +65,14 @@ def merge_folders(
         with writer, inputs.vectors() as vectors:
             inputs.check_buffers(vectors.reader)
             found: dict[str, Any] = {"coefficients": {}}
+            catalogs: dict[str, dict[str, str]] = {}
             if with_catalogs:
                 from server.engine.learned import learn_vector
 
                 learned = learn_vector(inputs, vectors, stage.work, report)
-                found, options = learned.found, learned.options
+                found, options, catalogs = learned.found, learned.options, learned.catalogs
+                if learned.trajectory:
+                    shutil.copyfile(learned.trajectory, stage.folder / learned.trajectory.name)
                 _write_vector(inputs, learned.vector, vectors.reader, writer)
             elif method is not None:
                 with np.errstate(over="ignore", invalid="ignore"):  # every result is looked at
@@ -82,7 +86,7 @@ def merge_folders(
                 inputs.warnings += _warn_of_vectors(vectors)
         sha256 = known.wait()
         known.check_unchanged()
-        record = _record(inputs, method, options, sha256)
+        record = _record(inputs, method, options, sha256, catalogs)
         seconds = time.monotonic() - started_s
         record |= found
         record |= {
@@ -100,7 +104,11 @@ def merge_folders(
 
 
 def _record(
-    inputs: Inputs, method: Method | None, options: Mapping[str, Any], sha256: Mapping[Path, str]
+    inputs: Inputs,
+    method: Method | None,
+    options: Mapping[str, Any],
+    sha256: Mapping[Path, str],
+    catalogs: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """The recipe as it was carried out, and its inputs by digest."""
     recipe = inputs.recipe
@@ -108,6 +116,7 @@ def _record(
         entry.label: {
             **card.folder_facts(inputs.folders[entry.label], sha256),
             "weight": 1.0 if entry.weight is None else entry.weight,
+            **({"catalog": dict(catalogs[entry.label])} if entry.label in catalogs else {}),
         }
         for entry in recipe.models
     }

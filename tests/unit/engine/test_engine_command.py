@@ -18,10 +18,13 @@ from tiny_models import moved, random_tensors, write_model
 from common import cli as isthmus
 from common.catalog import Catalog
 from common.errors import ConfigError
+from common.files import sha256_file
 from server.engine.cli import merge
 from server.engine.recipe import make_recipe, read_recipe
+from server.engine.run import merge_folders
 from server.merging import methods
 
+Tensors = dict[str, np.ndarray[Any, Any]]
 RECIPE = """
 base = "base"
 method = "task-arithmetic"
@@ -55,9 +58,8 @@ def test_a_recipe(family: dict[str, Path], tmp_path: Path) -> None:
     assert other.exit_code == 0
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "elsewhere"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    card = (tmp_path / "merged" / "README.md").read_text()
-    shown_recipe = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
-    assert make_recipe({**shown_recipe, "out": "x"}, where="card", folder=tmp_path).models[1].weight == 2
+    again = shown_recipe(tmp_path / "merged")
+    assert make_recipe({**again, "out": "x"}, where="card", folder=tmp_path).models[1].weight == 2
 
 
 def test_flags_and_json(family: dict[str, Path], tmp_path: Path) -> None:
@@ -232,16 +234,26 @@ def catalogs(folder: Path, labels: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("method", ["mergerec", "regmean"])
-def test_methods_that_need_catalogs(make_pico: Any, tmp_path: Path, method: str) -> None:
-    base = make_pico(tmp_path / "base")
-    start = load_file(base / "model.safetensors")
+@pytest.fixture
+def shops(make_pico: Any, tmp_path: Path) -> Tensors:
+    """An encoder `base`, two models of it, and their catalogs; returns the base's tensors."""
+    start = load_file(make_pico(tmp_path / "base") / "model.safetensors")
     for seed, label in enumerate(("garden", "toys"), start=1):
         make_pico(tmp_path / label)
-        write = moved(start, seed)
-        write_model(tmp_path / "weights", write)
+        write_model(tmp_path / "weights", moved(start, seed))
         (tmp_path / "weights" / "model.safetensors").replace(tmp_path / label / "model.safetensors")
-    files = catalogs(tmp_path, ("garden", "toys"))
+    return start
+
+
+def shown_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that the card of a merged folder shows."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+
+
+@pytest.mark.parametrize("method", ["mergerec", "regmean"])
+def test_methods_that_need_catalogs(shops: Tensors, tmp_path: Path, method: str) -> None:
+    start, files = shops, catalogs(tmp_path, ("garden", "toys"))
     models = "".join(
         f'[[model]]\npath = "{label}"\ncatalog = "{path.name}"\n' for label, path in files.items()
     )
@@ -258,14 +270,41 @@ def test_methods_that_need_catalogs(make_pico: Any, tmp_path: Path, method: str)
         assert set(record["coefficients"]["layer-0"]) == {"garden", "toys"}
         assert np.array_equal(merged[table], start[table])
         assert any(table in warning and "left out" in warning for warning in record["warnings"])
+        trajectory = (tmp_path / "out" / "trajectory.jsonl").read_text()
+        steps = [json.loads(line) for line in trajectory.splitlines()]
+        assert [step["step"] for step in steps] == [0, 1, 2]
+        assert set(steps[2]["coefficients"]["layer-0"]) == {"garden", "toys"}
     else:
         assert not np.array_equal(merged[table], start[table])
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    again = {**shown_recipe(tmp_path / "out"), "out": "again"}
+    assert again.get("learning", {}).get("steps") == (2 if method == "mergerec" else None)
+    for entry, path in zip(again["model"], files.values(), strict=True):
+        assert entry["catalog"] == path.name
+        assert record["models"][entry["label"]]["catalog"]["sha256"] == sha256_file(path)
+    merge_folders(make_recipe(again, where="card", folder=tmp_path))
+    for name, values in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert np.array_equal(values, merged[name])
     bad = "[learning]\nstps = 2\n"
     (tmp_path / "recipe.toml").write_text(text.replace('"out"', '"other"') + bad + models)
     wrong = run(tmp_path / "recipe.toml")
     assert wrong.exit_code == 2
     assert "did you mean 'steps'" in wrong.stderr
+
+
+def test_auto_says_why(shops: Tensors, tmp_path: Path) -> None:
+    files = catalogs(tmp_path, ("garden", "toys"))
+    labels = [a for label in files for a in ("--model", tmp_path / label)]
+    catalog = [a for label, path in files.items() for a in ("--catalog", f"{label}={path}")]
+    options = ("--option", "candidates=weight-averaging, ties density=0.5", "--out", tmp_path / "out")
+    shown = run("--base", tmp_path / "base", *labels, *catalog, "--method", "auto", *options)
+    assert shown.exit_code == 0, shown.output
+    facts = json.loads((tmp_path / "out" / "merge.json").read_text())["facts"]
+    assert shown.stdout.startswith(f"chose {facts['chosen']}: {facts['why']}\n")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Chosen: {facts['chosen']}, {facts['why']}" in card
+    assert "| candidate | average | garden | toys | allowed |" in card
+    assert f"| ties density=0.5 | {facts['scores']['ties density=0.5']['average']:.4f} |" in card
 
 
 def test_adapters_merge_as_adapters(tmp_path: Path) -> None:

@@ -190,6 +190,13 @@ def test_auto_merges_by_the_best_candidate_and_says_why(case: Case) -> None:
         case.merge(method, config(holdout=0.0), taus=taus)
 
 
+def test_auto_keeps_the_trajectory_of_what_it_chose(case: Case) -> None:
+    options = {"candidates": "adamerging granularity=domain"}
+    merged = case.merge(MergeMethod(method="auto", options=options))
+    assert merged.trajectory_path is not None
+    assert json.loads(merged.trajectory_path.read_text().splitlines()[-1])["step"] == 4
+
+
 def test_auto_that_was_killed_goes_on_after_the_candidates_it_has(case: Case, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
