@@ -73,6 +73,7 @@ def merge_adapters(
         "base": _base(read[0], base),
         "adapters": {
             adapter.label: {
+                "name": adapter.folder.name,
                 "weight": by_label[adapter.label],
                 "ranks": sorted({module.rank for module in adapter.modules.values()}),
                 "weights_sha256": adapter.weights_sha256,
@@ -82,9 +83,8 @@ def merge_adapters(
         },
         "modules": modules,
         "warnings": warnings,
-        "seconds": round(time.perf_counter() - started_s, 3),
     }
-    write_adapter(out, read, updates, record)
+    write_adapter(out, read, updates, record, started_s)
     report(phase="merge", step=len(updates), total=len(updates))
     return record
 
@@ -112,6 +112,8 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
 
 def _warnings(adapters: Sequence[Adapter]) -> list[str]:
     first, found = adapters[0], []
+    if len(adapters) == 1:
+        found.append("one adapter only; the rule is applied to it alone")
     for adapter in adapters[1:]:
         if adapter.base != first.base:
             found.append(

@@ -38,7 +38,7 @@ EPILOG = "Without a server and without a network. docs/merging.md has examples."
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; base: as the base has it.")
-@click.option("--seed", type=int, help="Of learned methods.")
+@click.option("--seed", type=int, help="Of learned methods, and of methods that draw.")
 @click.option("--device", type=click.Choice(DEVICES), help="For methods that need catalogs.")
 @click.option("--force", is_flag=True, help="Replace a merged folder that exists.")
 @click.option("--no-digests", is_flag=True, help="Do not compute the inputs' SHA-256 for the card.")

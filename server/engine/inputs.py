@@ -90,15 +90,23 @@ def check_out(recipe: Recipe) -> None:
             )
 
 
-def check_catalogs(recipe: Recipe, *, needed: bool, warnings: list[str]) -> None:
+def check_settings(recipe: Recipe, *, learns: bool, needs_catalogs: bool, warnings: list[str]) -> None:
+    """Raises ConfigError where a catalog is missing; what was given and is of no use is a warning."""
+    method = recipe.method
+    if recipe.learning and not learns:
+        warnings.append(f"the [learning] section was not used: {method} learns nothing")
+    if recipe.text and not needs_catalogs:
+        warnings.append(f"the [text] section was not used: {method} reads no texts")
+    if recipe.device == "cuda" and not needs_catalogs:
+        warnings.append(f"device cuda was not used: {method} runs on the processor")
     for entry in recipe.models:
-        if needed and entry.catalog is None:
+        if needs_catalogs and entry.catalog is None:
             raise ConfigError(
-                f"method {recipe.method!r} needs the catalog of every model; {entry.label!r} has none",
+                f"method {method!r} needs the catalog of every model; {entry.label!r} has none",
                 next_step=f"give `catalog` (--catalog {entry.label}=FILE), or use a method that needs none",
             )
-        if not needed and entry.catalog is not None:
-            warnings.append(f"the catalog of {entry.label} was not used: {recipe.method} needs none")
+        if not needs_catalogs and entry.catalog is not None:
+            warnings.append(f"the catalog of {entry.label} was not used: {method} needs none")
 
 
 def merge_key(recipe: Recipe, options: Mapping[str, Any], inputs: Inputs) -> str:

@@ -21,7 +21,7 @@ from common.files import named_os_errors, storage_errors
 from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
-from server.engine.inputs import Inputs, check_catalogs, check_out, merge_key
+from server.engine.inputs import Inputs, check_out, check_settings, merge_key
 from server.engine.recipe import Recipe
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
 from server.engine.stream import FolderVectors, Reader
@@ -51,10 +51,10 @@ def merge_folders(
     if adapters:
         return _merge_adapters(recipe, force=force, report=report)
     method = _find(recipe.method)
-    options = method.resolve(recipe.options) if method else dict(recipe.options)
+    options = _resolve(method, recipe) if method else dict(recipe.options)
     inputs = Inputs(recipe)
     with_catalogs = method is None or method.needs == "grams"
-    check_catalogs(recipe, needed=with_catalogs, warnings=inputs.warnings)
+    check_settings(recipe, learns=method is None, needs_catalogs=with_catalogs, warnings=inputs.warnings)
     known = Digests(inputs.files, enabled=digests)
     with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:
         writer = WeightWriter(inputs.base, stage.folder, recipe.dtype)
@@ -143,6 +143,14 @@ def _find(name: str) -> Method | None:
         raise unknown_name("merge method", name, known_methods()) from None
 
 
+def _resolve(method: Method, recipe: Recipe) -> dict[str, Any]:
+    """Every option with its value. The recipe's seed is that of a method that draws, if it names none."""
+    options = method.resolve(recipe.options)
+    if "seed" in options and "seed" not in recipe.options:
+        options["seed"] = recipe.seed
+    return options
+
+
 def _write_merge(
     method: Method,
     options: Mapping[str, Any],
@@ -219,6 +227,7 @@ def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str,
             else f"{full[0].path} is a full model, but other models are adapters",
             next_step="merge adapters with adapters, or merge each adapter into its base first",
         )
+    _check_adapter_settings(recipe)
     from server.adapters import merge_adapters
 
     with storage_errors(recipe.out):
@@ -233,3 +242,20 @@ def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str,
         base=recipe.base,
         report=report,
     )
+
+
+def _check_adapter_settings(recipe: Recipe) -> None:
+    """Refuse what a merge of adapters has no use for: it needs no texts and writes float32."""
+    given = {
+        "dtype": recipe.dtype not in ("base", "fp32"),
+        "device": recipe.device == "cuda",
+        "learning": bool(recipe.learning),
+        "text": bool(recipe.text),
+        "catalog": any(entry.catalog for entry in recipe.models),
+    }
+    for key, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{key} was given, but the models are adapters: they merge as their factors, in float32",
+                next_step=f"leave {key} out",
+            )

@@ -382,6 +382,30 @@ def test_a_catalog_with_empty_texts_is_refused(family: Family, tmp_path: Path) -
         merge_folders(Recipe((entry,), "adamerging", tmp_path / "out", family["base"]))
 
 
+def test_settings_of_no_use_are_warned_of(family: Family) -> None:
+    entries = {"learning": {"steps": 3}, "text": {"max_seq_len": 9}, "device": "cuda"}
+    assert merge(family, "ties", **entries)["warnings"] == [
+        "the [learning] section was not used: ties learns nothing",
+        "the [text] section was not used: ties reads no texts",
+        "device cuda was not used: ties runs on the processor",
+    ]
+
+
+def test_the_seed_of_a_recipe_is_that_of_a_method_that_draws(family: Family) -> None:
+    assert merge(family, "dare", seed=7)["options"]["seed"] == 7
+    assert merge(family, "dare", seed=7, options={"seed": 3}, force=True)["options"]["seed"] == 3
+    assert "seed" not in merge(family, "ties", seed=7, force=True)["options"]
+
+
+@pytest.mark.parametrize("given", [{"dtype": "bf16"}, {"device": "cuda"}, {"learning": {"steps": 3}}])
+def test_settings_that_adapters_cannot_have_are_refused(family: Family, given: dict[str, Any]) -> None:
+    for label in ("beauty", "toys"):
+        (family[label] / "adapter_config.json").write_text("{}")
+    (key,) = given
+    with pytest.raises(ConfigError, match=f"{key} was given, but the models are adapters"):
+        merge(family, "product", **given)
+
+
 def test_adapters_and_models_do_not_mix(family: Family) -> None:
     (family["toys"] / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="beauty is a full model, but other models are adapters"):

@@ -332,6 +332,16 @@ def test_adapters_merge_as_adapters(tmp_path: Path) -> None:
         weight * 2 * tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
         for weight, tensors in ((1.0, random_tensors(0, shapes)), (0.5, random_tensors(1, shapes)))
     )
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert record["seconds"] > 0
+    assert record["peak_memory_bytes"] > 10_000_000
+    again = shown_recipe(tmp_path / "out")
+    assert again["method"] == "product"
+    assert [(entry["path"], entry["weight"]) for entry in again["model"]] == [("one", 1.0), ("two", 0.5)]
+    merge_folders(make_recipe({**again, "out": "again"}, where="card", folder=tmp_path))
+    assert sha256_file(tmp_path / "again" / "adapter_model.safetensors") == record["weights_sha256"]
+    alone = run("--model", tmp_path / "one", "--method", "product", "--out", tmp_path / "alone")
+    assert alone.stderr == "warning: one adapter only; the rule is applied to it alone\n"
     scaling = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     np.testing.assert_allclose(found * scaling["lora_alpha"] / scaling["r"], wanted, rtol=1e-4, atol=1e-5)
     assert run(*arguments, "--out", tmp_path / "out").exit_code == 2  # it exists
