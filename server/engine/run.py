@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from server.engine import card
 from server.engine.digests import Digests
 from server.engine.inputs import Inputs, check_out, check_settings, merge_key
 from server.engine.recipe import Recipe
+from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
 from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import WeightWriter
@@ -82,8 +84,7 @@ def merge_folders(
             is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
             if is_large:
                 writer.flush()
-            if not with_catalogs:
-                inputs.warnings += _warn_of_vectors(vectors)
+            inputs.warnings += vectors.seen.warnings(vectors.labels, vectors.weight_N)
         sha256 = known.wait()
         known.check_unchanged()
         record = _record(inputs, method, options, sha256, catalogs)
@@ -162,7 +163,7 @@ def _write_merge(
     """Merge tensor by tensor, from where the journal says that an interrupted merge stopped."""
     kernel = prepare(method, vectors, options)
     if stage.done_tensors:
-        vectors.changed_N, vectors.print_N = list(stage.state["changed"]), list(stage.state["prints"])
+        vectors.seen = Seen(**stage.state)
     vectors.first = stage.done_tensors
     place = {name: number for number, name in enumerate(vectors.shapes)}
     flushed = writer.bytes_written
@@ -175,7 +176,7 @@ def _write_merge(
             if writer.bytes_written - flushed >= CHECKPOINT_BYTES:
                 writer.flush()
                 flushed = writer.bytes_written
-                stage.checkpoint(done, {"changed": vectors.changed_N, "prints": vectors.print_N})
+                stage.checkpoint(done, asdict(vectors.seen))
 
 
 def _write_vector(inputs: Inputs, vector: Mapping[str, Floats], reader: Reader, writer: WeightWriter) -> None:
@@ -197,24 +198,6 @@ def _copy_buffers(inputs: Inputs, reader: Reader, writer: WeightWriter) -> None:
     for tensor in inputs.base.tensors.values():
         if tensor.dtype not in FLOATS:
             writer.copy(tensor, reader)
-
-
-def _warn_of_vectors(vectors: FolderVectors) -> list[str]:
-    """What the pass over the values showed: zero vectors, equal vectors."""
-    labels = list(vectors.labels)
-    warnings = [
-        f"{label} equals the base: its task vector is zero and counts as one"
-        if weight
-        else f"{label} has weight 0: its task vector is zero and counts as one"
-        for label, changed, weight in zip(labels, vectors.changed_N, vectors.weight_N, strict=True)
-        if not changed
-    ]
-    first: dict[int, str] = {}
-    for label, mark, changed in zip(labels, vectors.print_N, vectors.changed_N, strict=True):
-        other = first.setdefault(mark, label)
-        if other != label and changed:
-            warnings.append(f"{label} and {other} have the same weights; they count twice")
-    return warnings
 
 
 def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str, Any]:

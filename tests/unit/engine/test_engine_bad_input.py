@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,14 @@ def test_odd_inputs_are_defined_and_warned_of(family: Family, tmp_path: Path) ->
         assert not any("same weights" in warning for warning in found)
         name = "model.safetensors"
         assert (tmp_path / "out" / name).read_bytes()[-100:] == (family["base"] / name).read_bytes()[-100:]
+
+
+def test_a_model_of_another_base_of_the_same_shapes_is_warned_of(family: Family, tmp_path: Path) -> None:
+    family["other"] = write_model(tmp_path / "other", random_tensors(9))
+    (warning,) = merge(family, "weight-averaging")["warnings"]
+    assert re.fullmatch(
+        r"other lies 1\d\d% of the base's norm away from the base: was it fine.*one\?", warning
+    )
 
 
 def test_dtypes_may_differ_with_a_warning(family: Family, tmp_path: Path) -> None:

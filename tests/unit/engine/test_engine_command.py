@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -290,6 +291,19 @@ def test_methods_that_need_catalogs(shops: Tensors, tmp_path: Path, method: str)
     wrong = run(tmp_path / "recipe.toml")
     assert wrong.exit_code == 2
     assert "did you mean 'steps'" in wrong.stderr
+
+
+def test_equal_models_are_warned_of_with_catalogs_too(shops: Tensors, tmp_path: Path) -> None:
+    (path,) = catalogs(tmp_path, ("garden",)).values()
+    shutil.copytree(tmp_path / "garden", tmp_path / "copy")
+    shutil.copytree(tmp_path / "base", tmp_path / "same")
+    arguments: list[object] = ["--base", tmp_path / "base", "--method", "regmean", "--out", tmp_path / "out"]
+    for label in ("garden", "copy", "same"):
+        arguments += ["--model", tmp_path / label, "--catalog", f"{label}={path}"]
+    assert run(*arguments).stderr.splitlines() == [
+        "warning: copy and garden have the same weights; they count twice",
+        "warning: same equals the base: its task vector is zero and counts as one",
+    ]
 
 
 def test_auto_says_why(shops: Tensors, tmp_path: Path) -> None:
