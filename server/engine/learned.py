@@ -48,11 +48,11 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
     _choose_device(recipe.device)
     import torch
 
-    from common.catalog import Catalog
     from common.config import MergeMethod, RunConfig, validate
     from common.files import sha256_file
     from common.models.base import trainable_tensors
     from common.models.device import default_device
+    from server.engine.catalogs import read_catalog
     from server.merge import LEARNED_PAPERS, check_method, run_merge
 
     config = validate(
@@ -72,7 +72,7 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
             f"{inputs.base.path}: {recipe.method} needs a base with one {WEIGHTS}",
             next_step="save the base with a larger max_shard_size, or use a method that needs no catalogs",
         )
-    catalogs = {entry.label: Catalog.read(entry.catalog) for entry in recipe.models if entry.catalog}
+    catalogs = {entry.label: read_catalog(entry.catalog) for entry in recipe.models if entry.catalog}
     kept = trainable_tensors(inputs.base.path) if recipe.method in LEARNED_PAPERS else dict(vectors.shapes)
     taus = _read(vectors, set(kept), inputs.warnings)
     tensors = {

@@ -306,9 +306,14 @@ def test_equal_models_are_warned_of_with_catalogs_too(shops: Tensors, tmp_path: 
     ]
 
 
-def test_auto_says_why(shops: Tensors, tmp_path: Path) -> None:
+def test_auto_says_why_and_catalogs_may_be_csv(shops: Tensors, tmp_path: Path) -> None:
     files = catalogs(tmp_path, ("garden", "toys"))
     labels = [a for label in files for a in ("--model", tmp_path / label)]
+    for label, path in files.items():
+        rows = zip(Catalog.read(path).item_ids, Catalog.read(path).attributes["title"], strict=True)
+        text = "item_id,title\n" + "".join(f'{item},"{title}"\n' for item, title in rows)
+        files[label] = path.with_suffix(".csv")
+        files[label].write_text(text)
     catalog = [a for label, path in files.items() for a in ("--catalog", f"{label}={path}")]
     options = ("--option", "candidates=weight-averaging, ties density=0.5", "--out", tmp_path / "out")
     shown = run("--base", tmp_path / "base", *labels, *catalog, "--method", "auto", *options)
