@@ -109,6 +109,26 @@ def check_settings(recipe: Recipe, *, learns: bool, needs_catalogs: bool, warnin
             warnings.append(f"the catalog of {entry.label} was not used: {method} needs none")
 
 
+def check_memory(recipe: Recipe, values: int) -> None:
+    """Raises ConfigError where so many values of every model cannot be in memory at once, as float32."""
+    wanted, available = 4 * values * len(recipe.models), available_bytes()
+    if available is not None and wanted > available:
+        raise ConfigError(
+            f"method {recipe.method!r} holds {wanted / 1e9:.1f} GB of {len(recipe.models)} models at once, "
+            f"{available / 1e9:.1f} GB of memory are free",
+            next_step="merge fewer models, or by a method that reads blocks (--explain all tells)",
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where nobody says (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def merge_key(recipe: Recipe, options: Mapping[str, Any], inputs: Inputs) -> str:
     """Names everything that the result follows from; files by path, size and times."""
     facts = {

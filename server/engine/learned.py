@@ -6,6 +6,7 @@ The vectors are in memory here. Learned methods merge what fine-tuning in a fede
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 
 from common.errors import ConfigError, ModelError
 from common.progress import Report
+from server.engine.inputs import check_memory
 from server.engine.stream import FolderVectors
 from server.folders import WEIGHTS
 from server.merging._vectors import Floats
@@ -74,6 +76,7 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
         )
     catalogs = {entry.label: read_catalog(entry.catalog) for entry in recipe.models if entry.catalog}
     kept = trainable_tensors(inputs.base.path) if recipe.method in LEARNED_PAPERS else dict(vectors.shapes)
+    check_memory(recipe, sum(math.prod(vectors.shapes[name]) for name in kept if name in vectors.shapes))
     taus = _read(vectors, set(kept), inputs.warnings)
     tensors = {
         label: {name: torch.from_numpy(values) for name, values in tau.items()} for label, tau in taus.items()

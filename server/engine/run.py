@@ -22,7 +22,7 @@ from common.files import named_os_errors, storage_errors
 from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
-from server.engine.inputs import Inputs, check_out, check_settings, merge_key
+from server.engine.inputs import Inputs, check_memory, check_out, check_settings, merge_key
 from server.engine.recipe import Recipe
 from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
@@ -57,6 +57,8 @@ def merge_folders(
     inputs = Inputs(recipe)
     with_catalogs = method is None or method.needs == "grams"
     check_settings(recipe, learns=method is None, needs_catalogs=with_catalogs, warnings=inputs.warnings)
+    if method is not None and method.unit == "tensor" and not with_catalogs:
+        check_memory(recipe, max((t.size for t in inputs.base.tensors.values()), default=0))
     known = Digests(inputs.files, enabled=digests)
     with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:
         writer = WeightWriter(inputs.base, stage.folder, recipe.dtype)

@@ -25,6 +25,7 @@ from common.errors import (
     StorageError,
     VectorError,
 )
+from server.engine import inputs
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
 
@@ -331,6 +332,22 @@ def test_sentence_modules_with_weights_merge_too(family: Family, tmp_path: Path)
     (family["toys"] / "modules.json").write_text(json.dumps([{"path": "../base"}]))
     with pytest.raises(ModelError, match="a module's path is not inside the folder"):
         merge(family, force=True)
+
+
+def test_more_models_than_memory_are_refused_where_they_must_be_in_it(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "available_bytes", lambda: 2 * 4 * 20 - 1)  # the largest tensor has 20 values
+    with pytest.raises(
+        ConfigError, match=r"method 'wudi' holds .* of 2 models at once, .*\n  next: merge few"
+    ):
+        merge(family, "wudi")
+    merge(family, "ties")
+    monkeypatch.setattr(inputs, "available_bytes", lambda: 2 * 4 * 20)
+    merge(family, "wudi", force=True)
+    monkeypatch.undo()
+    found = inputs.available_bytes()
+    assert found is None or found > 1 << 20
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(family: Family) -> None:

@@ -20,6 +20,7 @@ from common import cli as isthmus
 from common.catalog import Catalog
 from common.errors import ConfigError
 from common.files import sha256_file
+from server.engine import inputs
 from server.engine.cli import merge
 from server.engine.recipe import make_recipe, read_recipe
 from server.engine.run import merge_folders
@@ -291,6 +292,18 @@ def test_methods_that_need_catalogs(shops: Tensors, tmp_path: Path, method: str)
     wrong = run(tmp_path / "recipe.toml")
     assert wrong.exit_code == 2
     assert "did you mean 'steps'" in wrong.stderr
+
+
+def test_vectors_beyond_memory_are_refused_with_catalogs(
+    shops: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "available_bytes", lambda: 1000)
+    for method in ("regmean", "adamerging"):
+        files = catalogs(tmp_path, ("garden",))
+        arguments = ("--model", tmp_path / "garden", "--catalog", f"garden={files['garden']}")
+        shown = run("--base", tmp_path / "base", *arguments, "--method", method, "--out", tmp_path / "out")
+        assert shown.exit_code == 2
+        assert f"method '{method}' holds 0.0 GB of 1 models at once" in shown.stderr
 
 
 def test_equal_models_are_warned_of_with_catalogs_too(shops: Tensors, tmp_path: Path) -> None:
