@@ -12,7 +12,9 @@ Coefficients of the vectors, learned on pseudo-users that are made from the cata
 
 Steps and the rest are in the recipe's [learning] section, as in a run's configuration. Each step is a forward
 and a backward pass of the merged model."""
-_LEARNED_EQUATION = "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient"
+_LEARNED_EQUATION = (
+    "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient; lambda minimises "
+)
 _CHOSEN = """\
 Merges by every candidate and keeps the one that ranks most as the fine-tuned models do.
 
@@ -88,6 +90,7 @@ def _memory(method: Method) -> str:
 
 def _learned() -> list[Explanation]:
     from common.config import MergeMethod
+    from server.learning.losses import LOSSES
     from server.learning.options import AUTO
     from server.merge import LEARNED_PAPERS, check_method
 
@@ -97,7 +100,7 @@ def _learned() -> list[Explanation]:
             "models",
             _CHOSEN if name == AUTO else _LEARNED,
             paper,
-            _CHOSEN_EQUATION if name == AUTO else _LEARNED_EQUATION,
+            _CHOSEN_EQUATION if name == AUTO else _LEARNED_EQUATION + LOSSES[name].equation,
             check_method(MergeMethod(method=name)),
             "the catalog of every model",
             "all vectors",

@@ -204,6 +204,8 @@ def test_every_method_is_explained() -> None:
     assert found["regmean"]["needs"] == "the catalog of every model"
     assert "keeps the one" in found["auto"]["summary"]
     assert "learned on pseudo-users" in found["mergerec"]["summary"]
+    assert "CE(s, argmax t) + alpha T^2 KL" in found["mergerec"]["equation"]
+    assert "H(softmax(s))" in found["adamerging"]["equation"]
     text = run("--explain", "ties").stdout
     assert "density = 0.2" in text
     assert "Yadav" in text
