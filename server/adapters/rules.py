@@ -174,7 +174,7 @@ def knots(
 ) -> Iterator[Merged]:
     """The updates rotated into a common basis by one SVD a layer, then merged entry by entry.
 
-    Ranks and layers may differ. The result's rank is at most the sum of the ranks; with `rank` it is truncated
+    Ranks and layers may differ. The result's rank is at most the sum of theirs; with `rank` it is truncated
     and the residual reported. The weights multiply the aligned parts. Each layer's bases stay in memory: as
     much as the adapters themselves.
     """

@@ -19,7 +19,6 @@ from common.errors import ConfigError, ModelError
 from common.progress import Report
 from server.engine.inputs import check_memory
 from server.engine.stream import FolderVectors
-from server.folders import WEIGHTS
 from server.merging._vectors import Floats
 
 if TYPE_CHECKING:
@@ -69,10 +68,10 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
     )
     method = MergeMethod(method=recipe.method, options=dict(recipe.options))
     options = check_method(method)
-    if [file.relative for file in inputs.base.files] != [WEIGHTS]:
+    if other := [file.relative for file in inputs.base.files if Path(file.relative).parent != Path()]:
         raise ModelError(
-            f"{inputs.base.path}: {recipe.method} needs a base with one {WEIGHTS}",
-            next_step="save the base with a larger max_shard_size, or use a method that needs no catalogs",
+            f"{inputs.base.path}: has weights in {other[0]}; {recipe.method} takes the folder's own alone",
+            next_step="use a base without modules of its own weights, or a method that needs no catalogs",
         )
     catalogs = {entry.label: read_catalog(entry.catalog) for entry in recipe.models if entry.catalog}
     kept = trainable_tensors(inputs.base.path) if recipe.method in LEARNED_PAPERS else dict(vectors.shapes)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import moved, random_tensors, write_model
 
 from common import cli as isthmus
@@ -296,6 +296,44 @@ def test_methods_that_need_catalogs(shops: Tensors, tmp_path: Path, method: str)
     assert "did you mean 'steps'" in wrong.stderr
 
 
+@pytest.mark.parametrize("method", ["regmean", "adamerging"])
+def test_a_base_in_shards_merges_with_catalogs_as_one_file_does(
+    shops: Tensors, tmp_path: Path, method: str
+) -> None:
+    shutil.copytree(tmp_path / "base", tmp_path / "shards")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    write_model(tmp_path / "weights", shops, shards=2)
+    for path in (tmp_path / "weights").glob("model*"):
+        path.replace(tmp_path / "shards" / path.name)
+    (catalog,) = catalogs(tmp_path, ("garden",)).values()
+    data = {
+        "method": method,
+        "model": [{"path": "garden", "catalog": catalog.name}],
+        "learning": {"steps": 2, "precision": "fp32"},
+    }
+    for base in ("base", "shards"):
+        merge_folders(make_recipe({**data, "base": base, "out": f"of-{base}"}, where="x", folder=tmp_path))
+    whole = load_file(tmp_path / "of-base" / "model.safetensors")
+    found: Tensors = {}
+    for path in (tmp_path / "of-shards").glob("*.safetensors"):
+        found |= load_file(path)
+    assert found.keys() == whole.keys()
+    for name, values in whole.items():
+        assert np.array_equal(found[name], values), name
+
+
+def test_modules_with_weights_of_their_own_are_refused_with_catalogs(shops: Tensors, tmp_path: Path) -> None:
+    (catalog,) = catalogs(tmp_path, ("garden",)).values()
+    for folder in (tmp_path / "base", tmp_path / "garden"):
+        (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+        (folder / "2_Dense").mkdir()
+        save_file({"w": np.zeros(1, np.float32)}, folder / "2_Dense" / "model.safetensors")
+    arguments = ("--model", tmp_path / "garden", "--catalog", f"garden={catalog}", "--method", "regmean")
+    shown = run("--base", tmp_path / "base", *arguments, "--out", tmp_path / "out")
+    assert shown.exit_code == 2
+    assert "base: has weights in 2_Dense/model.safetensors" in shown.stderr
+
+
 def test_vectors_beyond_memory_are_refused_with_catalogs(
     shops: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,8 +392,6 @@ def test_adapters_merge_as_adapters(tmp_path: Path) -> None:
     for seed, label in enumerate(("one", "two")):
         (tmp_path / label).mkdir()
         (tmp_path / label / "adapter_config.json").write_text(json.dumps(config))
-        from safetensors.numpy import save_file
-
         save_file(random_tensors(seed, shapes), tmp_path / label / "adapter_model.safetensors")
     arguments = ("--model", tmp_path / "one", "--model", tmp_path / "two", "--method", "product")
     shown = run(*arguments, "--weight", "two=0.5", "--out", tmp_path / "out")
