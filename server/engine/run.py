@@ -143,6 +143,13 @@ def _find(name: str) -> Method | None:
 
         if name in LEARNED_PAPERS:
             return None
+        from server.adapters import adapter_methods
+
+        if name in adapter_methods():
+            raise ConfigError(
+                f"merge method {name!r} merges adapters, and the models are full ones",
+                next_step="choose another method (--explain all), or give adapters",
+            ) from None
         raise unknown_name("merge method", name, known_methods()) from None
 
 

@@ -168,6 +168,7 @@ def test_refused(family: Family, change: Any, error: type[IsthmusError], message
         ("tees", {}, "did you mean 'ties'"),
         ("ties.x", {}, "unknown merge method 'ties.x'"),
         ("_select", {}, "unknown merge method '_select'"),
+        ("knots", {}, "merge method 'knots' merges adapters, and the models are full ones"),
         ("ties", {"options": {"desnity": 0.2}}, "did you mean 'density'"),
         ("ties", {"options": {"density": 1.5}}, "density: Input should be less than or equal to 1"),
         ("ties", {"options": {"density": "0.2"}}, "density: Input should be a valid number"),
