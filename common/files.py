@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import StorageError
+from common.errors import IsthmusError, StorageError
 
 CHUNK_BYTES = 1 << 20
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -34,6 +34,20 @@ def storage_errors(where: Path) -> Iterator[None]:
             next_step="free space on that disk and start again; nothing half-written was kept",
         )
         raise problem from err
+
+
+@contextlib.contextmanager
+def named_os_errors() -> Iterator[None]:
+    """Raise StorageError instead of any OSError that names a file: one may not be read, or lie in the way."""
+    try:
+        yield
+    except OSError as err:
+        if isinstance(err, IsthmusError) or not err.filename:
+            raise
+        raise StorageError(
+            f"{err.filename}: {os.strerror(err.errno or 0)}",
+            next_step="check that path and who may read or write it",
+        ) from err
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -92,7 +92,9 @@ def is_adapter(path: Path) -> bool:
 def open_folder(path: Path) -> ModelFolder:
     """Read the headers of a model folder. Raises ModelError naming the file that is missing or wrong."""
     if not path.is_dir():
-        raise ModelError(f"{path}: no such model folder", next_step="check the path")
+        if path.is_file():
+            raise ModelError(f"{path}: is a file", next_step="give the folder that it lies in")
+        raise ModelError(f"{path}: no such model folder", next_step="check the path; nothing is downloaded")
     modules = _modules(path)
     files: list[WeightFile] = []
     for number, module in enumerate(modules):

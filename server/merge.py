@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 VECTOR_FILE = "vector.safetensors"
 JOURNAL_FILE = "merge.json"
+TRAJECTORY_FILE = "trajectory.jsonl"
 
 LEARNED_PAPERS = {
     **{name: loss.paper for name, loss in LOSSES.items()},
@@ -305,6 +306,8 @@ class _Job:
         scores = {label: judge.score(merge(candidate).vector) for label, candidate in candidates.items()}
         choice = pick(scores, self.options["margin"])
         chosen = merge(candidates[choice["chosen"]])
+        if chosen.trajectory_path is not None:
+            write_atomic(self.folder / TRAJECTORY_FILE, chosen.trajectory_path.read_bytes())
         return _Merged(chosen.vector, time.monotonic() - started_s, chosen.coefficients, choice)
 
 
@@ -335,7 +338,7 @@ def _read(folder: Path, inputs: dict[str, Any], shapes: dict[str, tuple[int, ...
 
 
 def _result(record: dict[str, Any], vector: TaskVector, folder: Path, *, resumed: bool) -> MergeResult:
-    trajectory = folder / "trajectory.jsonl"
+    trajectory = folder / TRAJECTORY_FILE
     return MergeResult(
         label=record["label"],
         method=record["method"],

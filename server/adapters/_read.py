@@ -79,6 +79,11 @@ class Adapter:
         """The base model's name or path, as the adapter's configuration says it."""
         return str(self.config.get("base_model_name_or_path") or "")
 
+    def should_have(self, path: str) -> bool:
+        """Whether the configuration says that the layer at `path` is adapted."""
+        some = self.config.get("layers_to_transform") or self.config.get("exclude_modules")
+        return not some and targeted(self.config["target_modules"], path)
+
     def factors(self, path: str) -> tuple[Floats, Floats]:
         """`B` [R, K] and `A` [K, C] of one layer in float32, without the scaling."""
         module = self.modules[path]

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from common.errors import ConfigError
 from common.files import replace_folder, sha256_file, storage_errors
 from common.low_rank import LowRank
 from server.adapters._read import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
+from server.engine.card import peak_memory_bytes, recipe_toml
 
 MERGE_FILE = "merge.json"
 _TARGETING = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
@@ -40,9 +42,13 @@ def check_out(out: Path, folders: Sequence[Path]) -> None:
 
 
 def write_adapter(
-    out: Path, adapters: Sequence[Adapter], updates: Mapping[str, LowRank], record: dict[str, Any]
+    out: Path,
+    adapters: Sequence[Adapter],
+    updates: Mapping[str, LowRank],
+    record: dict[str, Any],
+    started_s: float,
 ) -> None:
-    """Write the folder `out`; adds `weights_sha256` to `record`.
+    """Write the folder `out`; adds `weights_sha256`, the seconds since `started_s` and memory to `record`.
 
     Raises ConfigError where a value does not fit into float32, StorageError where the disk cannot take it.
     """
@@ -66,6 +72,8 @@ def write_adapter(
             stage.mkdir()
             save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
             record["weights_sha256"] = sha256_file(stage / WEIGHTS_FILE)
+            record["seconds"] = round(time.perf_counter() - started_s, 3)
+            record["peak_memory_bytes"] = peak_memory_bytes()
             (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (stage / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (stage / "README.md").write_text(
@@ -122,7 +130,11 @@ def base_name(name: str) -> str:
 
 
 def _card(record: Mapping[str, Any], base: str) -> str:
-    options = ", ".join(f"{key} = {value}" for key, value in record["options"].items()) or "none"
+    models = [
+        {"path": facts["name"], "label": label, "weight": facts["weight"]}
+        for label, facts in record["adapters"].items()
+    ]
+    recipe = recipe_toml({"method": record["method"]}, {"options": record["options"]}, models)
     rows = [
         f"| {label} | {facts['weight']:.6g} | `{facts['weights_sha256']}` |"
         for label, facts in record["adapters"].items()
@@ -150,9 +162,10 @@ def _card(record: Mapping[str, Any], base: str) -> str:
         'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")\n```',
         f"Base: {record['base']['name']}. The scaling is 1: the tensors are the update itself.",
         "## Merge\n\n"
-        + f"Method: {record['method']} ({record['paper']}): `{record['equation']}`. Options: {options}.\n\n"
+        + f"Method: {record['method']} ({record['paper']}): `{record['equation']}`.\n\n"
         + "| Adapter | Weight | SHA-256 of its tensors |\n|---|---|---|\n"
         + "\n".join(rows),
+        f"## Recipe\n\n```toml\n{recipe}\n```",
         "\n".join(worst),
         "\n".join(f"- Warning: {warning}" for warning in record["warnings"]),
     ]

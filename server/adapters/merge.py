@@ -14,10 +14,10 @@ from common.progress import NO_REPORT, Report
 from server.adapters._base import check_base
 from server.adapters._read import Adapter, read_adapter
 from server.adapters._write import base_name, check_out, write_adapter
-from server.adapters.rules import AdapterMethod, find, resolve
+from server.adapters.rules import AdapterMethod, all_layers, find, resolve
+from server.engine.recipe import LARGEST_WEIGHT
 
 SCHEMA_VERSION = 1
-LARGEST_WEIGHT = 1e6
 Weights = Mapping[str, float] | Sequence[float] | None
 
 
@@ -53,14 +53,13 @@ def merge_adapters(
     for label, folder in adapters.items():
         report(phase="read", step=len(read), total=len(adapters))
         read.append(read_adapter(label, folder))
-    check_alike(read)
-    warnings = _warnings(read)
+    warnings = check_alike(read, rule) + _warnings(read)
     if base is not None:
         warnings += [warning for adapter in read for warning in check_base(base, adapter)]
     updates: dict[str, LowRank] = {}
     modules: dict[str, dict[str, float]] = {}
     for merged in rule.apply(read, [by_label[label] for label in adapters], resolved):
-        report(phase="merge", step=len(updates), total=len(read[0].modules))
+        report(phase="merge", step=len(updates), total=len(all_layers(read)))
         updates[merged.path] = merged.update
         modules[merged.path] = {"rank": merged.update.rank, **merged.errors}
     record: dict[str, Any] = {
@@ -73,6 +72,7 @@ def merge_adapters(
         "base": _base(read[0], base),
         "adapters": {
             adapter.label: {
+                "name": adapter.folder.name,
                 "weight": by_label[adapter.label],
                 "ranks": sorted({module.rank for module in adapter.modules.values()}),
                 "weights_sha256": adapter.weights_sha256,
@@ -82,36 +82,52 @@ def merge_adapters(
         },
         "modules": modules,
         "warnings": warnings,
-        "seconds": round(time.perf_counter() - started_s, 3),
     }
-    write_adapter(out, read, updates, record)
+    write_adapter(out, read, updates, record, started_s)
     report(phase="merge", step=len(updates), total=len(updates))
     return record
 
 
-def check_alike(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters of other layers than the first, or of other shapes. Raises VectorError by name."""
-    first = adapters[0]
-    for adapter in adapters[1:]:
-        if different := sorted(first.modules.keys() ^ adapter.modules.keys()):
-            side = "has no" if different[0] in first.modules else "has an extra"
-            raise VectorError(
-                f"adapter {adapter.label} ({adapter.folder}) {side} layer {different[0]!r}, compared with "
-                f"{first.label}",
-                next_step="merge only adapters with the same target modules",
-            )
+def check_alike(adapters: Sequence[Adapter], rule: AdapterMethod) -> list[str]:
+    """Refuse adapters of different shapes; of different layers, unless the rule takes them.
+
+    A layer that an adapter's own configuration names is missing whatever the rule is. Returns warnings.
+    Raises VectorError by name.
+    """
+    shapes: dict[str, tuple[tuple[int, int], str]] = {}
+    for adapter in adapters:
         for path, module in adapter.modules.items():
-            expected = first.modules[path].shape
+            expected, label = shapes.setdefault(path, (module.shape, adapter.label))
             if module.shape != expected:
                 raise VectorError(
                     f"adapter {adapter.label} ({adapter.folder}), layer {path!r}: expected an update "
-                    f"of shape {list(expected)} as {first.label} has, got {list(module.shape)}",
+                    f"of shape {list(expected)} as {label} has, got {list(module.shape)}",
                     next_step="merge only adapters of the same base",
                 )
+    warnings = []
+    for adapter in adapters:
+        lacking = [path for path in sorted(shapes) if path not in adapter.modules]
+        missing = [path for path in lacking if not rule.any_layers or adapter.should_have(path)]
+        if missing:
+            raise VectorError(
+                f"adapter {adapter.label} ({adapter.folder}) has no layer {missing[0]!r}, "
+                f"which {shapes[missing[0]][1]} has",
+                next_step="obtain the adapter again"
+                if rule.any_layers
+                else "merge by product or knots, or only adapters with the same target modules",
+            )
+        if lacking:
+            warnings.append(
+                f"{adapter.label} does not adapt {len(lacking)} of {len(shapes)} layers, "
+                f"for example {lacking[0]}: there it counts as no change"
+            )
+    return warnings
 
 
 def _warnings(adapters: Sequence[Adapter]) -> list[str]:
     first, found = adapters[0], []
+    if len(adapters) == 1:
+        found.append("one adapter only; the rule is applied to it alone")
     for adapter in adapters[1:]:
         if adapter.base != first.base:
             found.append(

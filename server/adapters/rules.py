@@ -81,7 +81,11 @@ Apply = Callable[[Sequence[Adapter], Sequence[float], Mapping[str, Any]], Iterat
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """One rule. `default_weight` of N adapters is 1/N (`mean`), or 1 where an inner method scales (`one`)."""
+    """One rule. `default_weight` of N adapters is 1/N (`mean`), or 1 where an inner method scales (`one`).
+
+    With `any_layers` and ranks adapters may differ in the layers that they adapt: what one does not adapt, it
+    leaves as the base has it, an update of rank 0.
+    """
 
     name: str
     paper: str
@@ -89,6 +93,7 @@ class AdapterMethod:
     apply: Apply
     options: type[Options]
     default_weight: Literal["mean", "one"]
+    any_layers: bool = False
 
     @property
     def summary(self) -> str:
@@ -107,9 +112,9 @@ def product(
     """The exact weighted sum of the updates, as an adapter whose rank is the sum of the ranks.
 
     With `rank` it is cut to the nearest update of that rank (Eckart-Young) by QR of the factors and an SVD
-    of the small core; each layer's relative residual is reported. Ranks may differ.
+    of the small core; each layer's relative residual is reported. Ranks and layers may differ.
     """
-    for path in adapters[0].modules:
+    for path in all_layers(adapters):
         total = stack(_updates(adapters, path), weights)
         if options["rank"] is None:
             yield Merged(path, total, {"residual": 0.0})
@@ -169,11 +174,11 @@ def knots(
 ) -> Iterator[Merged]:
     """The updates rotated into a common basis by one SVD a layer, then merged entry by entry.
 
-    Ranks may differ. The result's is at most their sum; with `rank` it is truncated and the residual
-    reported. The weights multiply the aligned parts. Each layer's bases stay in memory: as much as the
-    adapters themselves.
+    Ranks and layers may differ. The result's rank is at most the sum of theirs; with `rank` it is truncated
+    and the residual reported. The weights multiply the aligned parts. Each layer's bases stay in memory: as
+    much as the adapters themselves.
     """
-    aligned = {path: align(_updates(adapters, path)) for path in adapters[0].modules}
+    aligned = {path: align(_updates(adapters, path)) for path in all_layers(adapters)}
     scaled = options["sigma"] == "before"
 
     def read(vector: int, path: str) -> Floats:
@@ -196,6 +201,7 @@ _PRODUCT = AdapterMethod(
     product,
     ProductOptions,
     "mean",
+    any_layers=True,
 )
 _FACTORS = AdapterMethod(
     "factors",
@@ -220,6 +226,7 @@ _KNOTS = AdapterMethod(
     knots,
     KnotsOptions,
     "one",
+    any_layers=True,
 )
 
 
@@ -261,10 +268,19 @@ def resolve(method: AdapterMethod, options: Mapping[str, Any] | None) -> dict[st
     return resolved | inner.resolve(given)
 
 
+def all_layers(adapters: Sequence[Adapter]) -> list[str]:
+    """Every layer that one of the adapters adapts."""
+    return sorted({path for adapter in adapters for path in adapter.modules})
+
+
 def _updates(adapters: Sequence[Adapter], path: str) -> list[LowRank]:
-    """`s_i B_i A_i` of one layer for each adapter, the scaling on A."""
+    """`s_i B_i A_i` of one layer for each adapter, the scaling on A; of rank 0 where it is not adapted."""
+    rows, columns = next(a.modules[path].shape for a in adapters if path in a.modules)
     return [
-        stack([LowRank.of(*adapter.factors(path))], [adapter.modules[path].scaling]) for adapter in adapters
+        stack([LowRank.of(*adapter.factors(path))], [adapter.modules[path].scaling])
+        if path in adapter.modules
+        else LowRank(np.zeros((rows, 0)), np.zeros((0, columns)))
+        for adapter in adapters
     ]
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,21 @@ def readme(record: Mapping[str, Any], base: ModelFolder) -> str:
         else 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("this/folder")'
     )
     rows = [f"| base | {_row(record['base'], '')} |"]
-    rows += [f"| {label} | {_row(facts, facts['weight'])} |" for label, facts in record["models"].items()]
+    for label, facts in record["models"].items():
+        rows.append(f"| {label} | {_row(facts, facts['weight'])} |")
+        if "catalog" in facts:
+            rows.append(f"| catalog of {label} | {_row(facts['catalog'], '')} |")
     parts = [
         "\n".join(["---", *front, *[f"- {tag}" for tag in tags], "---"]),
         f"# Merged by {record['method']}",
         f"`{record['equation']}`\n\n{record['paper']}",
         f"```python\n{load}\n```",
         "## Inputs\n\n| | folder | weight | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows),
-        "The digest is that of the list which `sha256sum` prints for a folder's weight files.",
+        "The digest of a folder is that of the list which `sha256sum` prints for its weight files.",
         f"## Recipe\n\n```toml\n{_recipe(record)}\n```",
     ]
+    if "why" in record.get("facts", {}):
+        parts.append(_choice(record["facts"]))
     if record["coefficients"]:
         parts.append(_coefficients(record))
     if record["warnings"]:
@@ -97,14 +102,54 @@ def _row(facts: Mapping[str, Any], weight: object) -> str:
 
 
 def _recipe(record: Mapping[str, Any]) -> str:
-    """The resolved recipe; every option with its value. JSON's numbers and texts are TOML's too."""
-    lines = [f"base = {json.dumps(record['base']['name'])}", f"method = {json.dumps(record['method'])}"]
-    lines += [f"dtype = {json.dumps(record['dtype'])}", f"seed = {record['seed']}", "", "[options]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in record["options"].items()]
-    for label, facts in record["models"].items():
-        lines += ["", "[[model]]", f"path = {json.dumps(facts['name'])}", f"label = {json.dumps(label)}"]
-        lines += [f"weight = {facts['weight']}"]
-    return "\n".join(lines)
+    """The resolved recipe, every key with its value."""
+    top = {"base": record["base"]["name"], **{key: record[key] for key in ("method", "dtype", "seed")}}
+    sections = {key: record[key] for key in ("options", "learning", "text") if key in record}
+    models = [
+        {
+            "path": facts["name"],
+            "label": label,
+            "weight": facts["weight"],
+            "catalog": facts.get("catalog", {}).get("name"),
+        }
+        for label, facts in record["models"].items()
+    ]
+    return recipe_toml(top, sections, models)
+
+
+def recipe_toml(
+    top: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
+) -> str:
+    """A recipe's text. What is None is left out. JSON's numbers, lists and texts are TOML's too."""
+    tables = [("", top), *((f"[{name}]", values) for name, values in sections.items())]
+    tables += [("[[model]]", model) for model in models]
+    parts = []
+    for head, values in tables:
+        rows = [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in values.items()
+            if value is not None
+        ]
+        parts.append("\n".join([head, *rows] if head else rows))
+    return "\n\n".join(parts)
+
+
+def _choice(facts: Mapping[str, Any]) -> str:
+    """What `auto` chose among, and why."""
+    domains = list(next(iter(facts["scores"].values()))["domains"])
+    rows = [
+        f"| {label} | {row['average']:.4f} | "
+        + " | ".join(f"{row['domains'][domain]:.4f}" for domain in domains)
+        + f" | {'yes' if row['allowed'] else 'no'} |"
+        for label, row in facts["scores"].items()
+    ]
+    head = f"| candidate | average | {' | '.join(domains)} | allowed |\n|---|---|{'---|' * len(domains)}---|"
+    return (
+        f"## Why\n\nChosen: {facts['chosen']}, {facts['why']}.\nScores: {facts['proxy']}.\n\n"
+        + head
+        + "\n"
+        + "\n".join(rows)
+    )
 
 
 def _coefficients(record: Mapping[str, Any]) -> str:

@@ -15,12 +15,20 @@ import click
 
 from common.console import errors_as_exit, progress_bars
 from common.errors import ConfigError
-from server.engine.recipe import DEVICES, DTYPES, Recipe, make_recipe, read_recipe
+from server.engine.recipe import (
+    DEVICES,
+    DTYPES,
+    Recipe,
+    absolute,
+    free_label,
+    make_recipe,
+    read_recipe,
+)
 
 EPILOG = "Without a server and without a network. docs/merging.md has examples."
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(epilog=EPILOG, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--base", help='Base model: a folder, or "embedded".')
 @click.option("--model", "models", multiple=True, metavar="[LABEL=]DIR", help="A model; once for each.")
@@ -30,7 +38,7 @@ EPILOG = "Without a server and without a network. docs/merging.md has examples."
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; base: as the base has it.")
-@click.option("--seed", type=int, help="Of learned methods.")
+@click.option("--seed", type=int, help="Of learned methods, and of methods that draw.")
 @click.option("--device", type=click.Choice(DEVICES), help="For methods that need catalogs.")
 @click.option("--force", is_flag=True, help="Replace a merged folder that exists.")
 @click.option("--no-digests", is_flag=True, help="Do not compute the inputs' SHA-256 for the card.")
@@ -53,13 +61,20 @@ def merge(
         found = _recipe(recipe, out, flags)
         from server.engine.run import merge_folders
 
-        with progress_bars() as report:
-            record = merge_folders(found, force=force, digests=not no_digests, report=report)
+        try:
+            with progress_bars() as report:
+                record = merge_folders(found, force=force, digests=not no_digests, report=report)
+        except KeyboardInterrupt:
+            click.echo("what is done is kept: the same command goes on from there", err=True)
+            raise
         if shown_as == "json":
             click.echo(json.dumps({"out": str(found.out), **record}))
         else:
             for warning in record["warnings"]:
                 click.echo(f"warning: {warning}", err=True)
+            facts = record.get("facts", {})
+            if "why" in facts:
+                click.echo(f"chose {facts['chosen']}: {facts['why']}")
             click.echo(
                 f"merged {len(found.models)} by {found.method} into {found.out} in {record['seconds']} s"
             )
@@ -75,8 +90,12 @@ def _recipe(path: Path | None, out: Path | None, flags: dict[str, Any]) -> Recip
                 next_step="write it in the recipe, or use flags alone",
             )
         return read_recipe(path, out)
-    models = [_model(text) for text in given.pop("models", ())]
-    labels = {str(model.get("label", Path(model["path"]).name)): model for model in models}
+    models: list[dict[str, Any]] = []
+    for text in given.pop("models", ()):
+        label, folder = split_label(text)
+        label = label or free_label(absolute(Path.cwd(), folder), [model["label"] for model in models])
+        models.append({"label": label, "path": folder})
+    labels = {model["label"]: model for model in models}
     for flag, key in (("catalogs", "catalog"), ("weights", "weight")):
         for text in given.pop(flag, ()):
             label, value = _pair(text, f"--{key}")
@@ -99,11 +118,6 @@ def split_label(text: str) -> tuple[str, str]:
     """Label and folder of `[LABEL=]DIR`; the label is empty where none is given."""
     label, equals, path = text.partition("=")
     return (label, path) if label and equals and "/" not in label and not Path(text).exists() else ("", text)
-
-
-def _model(text: str) -> dict[str, Any]:
-    label, path = split_label(text)
-    return {"label": label, "path": path} if label else {"path": path}
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

@@ -12,7 +12,9 @@ Coefficients of the vectors, learned on pseudo-users that are made from the cata
 
 Steps and the rest are in the recipe's [learning] section, as in a run's configuration. Each step is a forward
 and a backward pass of the merged model."""
-_LEARNED_EQUATION = "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient"
+_LEARNED_EQUATION = (
+    "tau = sum_d lambda_{g,d} tau_d, g the groups of tensors that share a coefficient; lambda minimises "
+)
 _CONFLUENCE = """\
 Weighs the vectors and scales a merge by `rule` so that no domain's model is left behind, then distils.
 
@@ -21,7 +23,9 @@ steps move all merged tensors towards the average of each domain's model and the
 out, `rounds = 0` the weighing. Needs no labels and no users. Costs `rounds + 5` rankings of the held-back
 pseudo-users, two passes of a model over each catalog, and forward and backward passes: minutes on two cores
 for five catalogs of ten thousand items and 22 million parameters."""
-_CONFLUENCE_EQUATION = "theta_0 + scale rule(w_d tau_d), then argmin_theta KL(softmax(t / T) || softmax(s / T))"
+_CONFLUENCE_EQUATION = (
+    "theta_0 + scale rule(w_d tau_d), then argmin_theta KL(softmax(t / T) || softmax(s / T))"
+)
 _CHOSEN = """\
 Merges by every candidate and keeps the one that ranks most as the fine-tuned models do.
 
@@ -98,6 +102,7 @@ def _memory(method: Method) -> str:
 def _learned() -> list[Explanation]:
     from common.config import MergeMethod
     from server.learning.confluence import CONFLUENCE
+    from server.learning.losses import LOSSES
     from server.learning.options import AUTO
     from server.merge import LEARNED_PAPERS, check_method
 
@@ -106,9 +111,9 @@ def _learned() -> list[Explanation]:
         Explanation(
             name,
             "models",
-            own.get(name, (_LEARNED, _LEARNED_EQUATION))[0],
+            own[name][0] if name in own else _LEARNED,
             paper,
-            own.get(name, (_LEARNED, _LEARNED_EQUATION))[1],
+            own[name][1] if name in own else _LEARNED_EQUATION + LOSSES[name].equation,
             check_method(MergeMethod(method=name)),
             "the catalog of every model",
             "all vectors",

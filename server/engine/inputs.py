@@ -18,7 +18,7 @@ from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import item_size
 from server.folders import FLOATS, ModelFolder, Stored, match_model, open_folder
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 
 class Inputs:
@@ -90,15 +90,43 @@ def check_out(recipe: Recipe) -> None:
             )
 
 
-def check_catalogs(recipe: Recipe, *, needed: bool, warnings: list[str]) -> None:
+def check_settings(recipe: Recipe, *, learns: bool, needs_catalogs: bool, warnings: list[str]) -> None:
+    """Raises ConfigError where a catalog is missing; what was given and is of no use is a warning."""
+    method = recipe.method
+    if recipe.learning and not learns:
+        warnings.append(f"the [learning] section was not used: {method} learns nothing")
+    if recipe.text and not needs_catalogs:
+        warnings.append(f"the [text] section was not used: {method} reads no texts")
+    if recipe.device == "cuda" and not needs_catalogs:
+        warnings.append(f"device cuda was not used: {method} runs on the processor")
     for entry in recipe.models:
-        if needed and entry.catalog is None:
+        if needs_catalogs and entry.catalog is None:
             raise ConfigError(
-                f"method {recipe.method!r} needs the catalog of every model; {entry.label!r} has none",
+                f"method {method!r} needs the catalog of every model; {entry.label!r} has none",
                 next_step=f"give `catalog` (--catalog {entry.label}=FILE), or use a method that needs none",
             )
-        if not needed and entry.catalog is not None:
-            warnings.append(f"the catalog of {entry.label} was not used: {recipe.method} needs none")
+        if not needs_catalogs and entry.catalog is not None:
+            warnings.append(f"the catalog of {entry.label} was not used: {method} needs none")
+
+
+def check_memory(recipe: Recipe, values: int) -> None:
+    """Raises ConfigError where so many values of every model cannot be in memory at once, as float32."""
+    wanted, available = 4 * values * len(recipe.models), available_bytes()
+    if available is not None and wanted > available:
+        raise ConfigError(
+            f"method {recipe.method!r} holds {wanted / 1e9:.1f} GB of {len(recipe.models)} models at once, "
+            f"{available / 1e9:.1f} GB of memory are free",
+            next_step="merge fewer models, or by a method that reads blocks (--explain all tells)",
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where nobody says (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def merge_key(recipe: Recipe, options: Mapping[str, Any], inputs: Inputs) -> str:

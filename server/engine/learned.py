@@ -6,6 +6,7 @@ The vectors are in memory here. Learned methods merge what fine-tuning in a fede
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import numpy as np
 
 from common.errors import ConfigError, ModelError
 from common.progress import Report
+from server.engine.inputs import check_memory
 from server.engine.stream import FolderVectors
-from server.folders import WEIGHTS
 from server.merging._vectors import Floats
 
 if TYPE_CHECKING:
@@ -26,11 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learned:
-    """A merged vector [tensor -> values], the resolved options, and what was found: coefficients, reasons."""
+    """A merged vector [tensor -> values], the resolved options, and what was found.
+
+    `found` are entries of `merge.json`: coefficients, reasons, and the sections of the recipe, resolved.
+    `catalogs` name each model's catalog by file and digest. `trajectory` holds the coefficients step by step.
+    """
 
     vector: dict[str, Floats]
     options: dict[str, Any]
     found: dict[str, Any]
+    catalogs: dict[str, dict[str, str]]
+    trajectory: Path | None
 
 
 def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Report) -> Learned:
@@ -42,9 +49,11 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
     _choose_device(recipe.device)
     import torch
 
-    from common.catalog import Catalog
     from common.config import MergeMethod, RunConfig, validate
+    from common.files import sha256_file
     from common.models.base import trainable_tensors
+    from common.models.device import default_device
+    from server.engine.catalogs import read_catalog
     from server.merge import LEARNED_PAPERS, check_method, run_merge
 
     config = validate(
@@ -59,20 +68,35 @@ def learn_vector(inputs: Inputs, vectors: FolderVectors, work: Path, report: Rep
     )
     method = MergeMethod(method=recipe.method, options=dict(recipe.options))
     options = check_method(method)
-    if [file.relative for file in inputs.base.files] != [WEIGHTS]:
+    if other := [file.relative for file in inputs.base.files if Path(file.relative).parent != Path()]:
         raise ModelError(
-            f"{inputs.base.path}: {recipe.method} needs a base with one {WEIGHTS}",
-            next_step="save the base with a larger max_shard_size, or use a method that needs no catalogs",
+            f"{inputs.base.path}: has weights in {other[0]}; {recipe.method} takes the folder's own alone",
+            next_step="use a base without modules of its own weights, or a method that needs no catalogs",
         )
-    catalogs = {entry.label: Catalog.read(entry.catalog) for entry in recipe.models if entry.catalog}
+    catalogs = {entry.label: read_catalog(entry.catalog) for entry in recipe.models if entry.catalog}
     kept = trainable_tensors(inputs.base.path) if recipe.method in LEARNED_PAPERS else dict(vectors.shapes)
+    check_memory(recipe, sum(math.prod(vectors.shapes[name]) for name in kept if name in vectors.shapes))
     taus = _read(vectors, set(kept), inputs.warnings)
     tensors = {
         label: {name: torch.from_numpy(values) for name, values in tau.items()} for label, tau in taus.items()
     }
     result = run_merge(method, inputs.base.path, tensors, catalogs, config, work, report)
-    merged = {name: tensor.numpy() for name, tensor in result.vector.items()}
-    return Learned(merged, options, {"coefficients": result.coefficients, "facts": result.facts})
+    found = {"coefficients": result.coefficients, "facts": result.facts, "device": default_device()}
+    sections = ("learning", "text") if recipe.method in LEARNED_PAPERS else ("text",)
+    found |= {section: getattr(config, section).model_dump(mode="json") for section in sections}
+    if result.facts.get("fallback"):
+        inputs.warnings.append("no step lowered the held-back loss: the result is where learning began")
+    return Learned(
+        {name: tensor.numpy() for name, tensor in result.vector.items()},
+        options,
+        found,
+        {
+            entry.label: {"name": entry.catalog.name, "sha256": sha256_file(entry.catalog)}
+            for entry in recipe.models
+            if entry.catalog
+        },
+        result.trajectory_path,
+    )
 
 
 def _read(vectors: FolderVectors, kept: set[str], warnings: list[str]) -> dict[str, dict[str, Floats]]:

@@ -16,7 +16,6 @@ methods, `[learning]` and `[text]`, are those of a run's configuration (`common.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,9 @@ from common.errors import ConfigError, suggest
 Options = dict[str, float | int | str | bool]
 
 EMBEDDED = "embedded"
-DTYPES = ("base", "fp32", "bf16")
+DTYPES = ("base", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+LARGEST_WEIGHT = 1e6  # of a model or an adapter, whatever its sign
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -103,7 +103,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str, folder: Path, out: Path 
     return Recipe(
         models=_models(data.get("model", []), where, folder),
         method=data["method"],
-        out=out.absolute() if out is not None else _path(folder, data["out"]),
+        out=out.absolute() if out is not None else absolute(folder, data["out"]),
         base=_base(folder, data["base"]) if "base" in data else None,
         options=dict(options),
         dtype=data.get("dtype", "base"),
@@ -131,21 +131,24 @@ def _models(entries: Sequence[Any], where: str, folder: Path) -> tuple[ModelEntr
         _check_keys(entry, _MODEL_KEYS, where, place)
         if "path" not in entry:
             raise ConfigError(f"{where}: {place}path: is missing", next_step="name the model's folder")
-        path = _path(folder, entry["path"])
+        path = absolute(folder, entry["path"])
         taken = [model.label for model in models]
-        label = entry["label"] if "label" in entry else _label(path, taken)
+        label = entry["label"] if "label" in entry else free_label(path, taken)
         if not LABEL.fullmatch(label) or label in taken:
             why = "is taken by another model" if label in taken else "must be letters, digits, '.', '_', '-'"
             raise ConfigError(f"{where}: {place}label: {label!r} {why}", next_step="choose another label")
         weight = float(entry["weight"]) if "weight" in entry else None
-        if weight is not None and not math.isfinite(weight):
-            raise ConfigError(f"{where}: {place}weight: must be finite", next_step="mend the value")
-        catalog = _path(folder, entry["catalog"]) if "catalog" in entry else None
+        if weight is not None and not abs(weight) <= LARGEST_WEIGHT:  # NaN is not, either
+            raise ConfigError(
+                f"{where}: {place}weight: {weight:g} is out of range",
+                next_step=f"give a number between {-LARGEST_WEIGHT:g} and {LARGEST_WEIGHT:g}",
+            )
+        catalog = absolute(folder, entry["catalog"]) if "catalog" in entry else None
         models.append(ModelEntry(path, label, catalog, weight))
     return tuple(models)
 
 
-def _label(path: Path, taken: Collection[str]) -> str:
+def free_label(path: Path, taken: Collection[str]) -> str:
     """The folder's name, with a number where another model has it already."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.name).lstrip("._-")[:56] or "model"
     numbers = (f"{name}-{number}" for number in range(2, len(taken) + 3))
@@ -172,13 +175,14 @@ def _check_choice(where: str, key: str, value: str, allowed: Sequence[str]) -> N
         )
 
 
-def _path(folder: Path, text: str) -> Path:
+def absolute(folder: Path, text: str) -> Path:
+    """The path that `text` means in a recipe of that folder."""
     return (folder / Path(text).expanduser()).absolute()
 
 
 def _base(folder: Path, text: str) -> Path:
     if text != EMBEDDED:
-        return _path(folder, text)
+        return absolute(folder, text)
     from common.models.base import resolve_base
 
     return resolve_base(text)

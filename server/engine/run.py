@@ -8,20 +8,23 @@ or three for methods that need thresholds) writes the weights; the base's config
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import ConfigError
-from common.files import storage_errors
+from common.files import named_os_errors, storage_errors
 from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
-from server.engine.inputs import Inputs, check_catalogs, check_out, merge_key
+from server.engine.inputs import Inputs, check_memory, check_out, check_settings, merge_key
 from server.engine.recipe import Recipe
+from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
 from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import WeightWriter
@@ -30,9 +33,10 @@ from server.merging import Method, find, prepare, unknown_name
 from server.merging._vectors import BLOCK_VALUES, Floats
 
 SCHEMA_VERSION = 1
-_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@named_os_errors()
 def merge_folders(
     recipe: Recipe, *, force: bool = False, digests: bool = True, report: Report = NO_REPORT
 ) -> dict[str, Any]:
@@ -40,7 +44,8 @@ def merge_folders(
 
     force: replace an output folder that exists. digests: SHA-256 of the inputs for the card.
     Raises ConfigError (recipe, options, output), ModelError and BaseMismatchError (folders), VectorError
-    (naming file and tensor), DataError (catalogs), StorageError.
+    (naming file and tensor), DataError (catalogs), StorageError (a disk that is full, a file that may not be
+    read or written).
     """
     started_s = time.monotonic()
     check_out(recipe)
@@ -48,10 +53,12 @@ def merge_folders(
     if adapters:
         return _merge_adapters(recipe, force=force, report=report)
     method = _find(recipe.method)
-    options = method.resolve(recipe.options) if method else dict(recipe.options)
+    options = _resolve(method, recipe) if method else dict(recipe.options)
     inputs = Inputs(recipe)
     with_catalogs = method is None or method.needs == "grams"
-    check_catalogs(recipe, needed=with_catalogs, warnings=inputs.warnings)
+    check_settings(recipe, learns=method is None, needs_catalogs=with_catalogs, warnings=inputs.warnings)
+    if method is not None and method.unit == "tensor" and not with_catalogs:
+        check_memory(recipe, max((t.size for t in inputs.base.tensors.values()), default=0))
     known = Digests(inputs.files, enabled=digests)
     with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:
         writer = WeightWriter(inputs.base, stage.folder, recipe.dtype)
@@ -62,11 +69,14 @@ def merge_folders(
         with writer, inputs.vectors() as vectors:
             inputs.check_buffers(vectors.reader)
             found: dict[str, Any] = {"coefficients": {}}
+            catalogs: dict[str, dict[str, str]] = {}
             if with_catalogs:
                 from server.engine.learned import learn_vector
 
                 learned = learn_vector(inputs, vectors, stage.work, report)
-                found, options = learned.found, learned.options
+                found, options, catalogs = learned.found, learned.options, learned.catalogs
+                if learned.trajectory:
+                    shutil.copyfile(learned.trajectory, stage.folder / learned.trajectory.name)
                 _write_vector(inputs, learned.vector, vectors.reader, writer)
             elif method is not None:
                 with np.errstate(over="ignore", invalid="ignore"):  # every result is looked at
@@ -76,11 +86,10 @@ def merge_folders(
             is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
             if is_large:
                 writer.flush()
-            if not with_catalogs:
-                inputs.warnings += _warn_of_vectors(vectors)
+            inputs.warnings += vectors.seen.warnings(vectors.labels, vectors.weight_N)
         sha256 = known.wait()
         known.check_unchanged()
-        record = _record(inputs, method, options, sha256)
+        record = _record(inputs, method, options, sha256, catalogs)
         seconds = time.monotonic() - started_s
         record |= found
         record |= {
@@ -98,7 +107,11 @@ def merge_folders(
 
 
 def _record(
-    inputs: Inputs, method: Method | None, options: Mapping[str, Any], sha256: Mapping[Path, str]
+    inputs: Inputs,
+    method: Method | None,
+    options: Mapping[str, Any],
+    sha256: Mapping[Path, str],
+    catalogs: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """The recipe as it was carried out, and its inputs by digest."""
     recipe = inputs.recipe
@@ -106,6 +119,7 @@ def _record(
         entry.label: {
             **card.folder_facts(inputs.folders[entry.label], sha256),
             "weight": 1.0 if entry.weight is None else entry.weight,
+            **({"catalog": dict(catalogs[entry.label])} if entry.label in catalogs else {}),
         }
         for entry in recipe.models
     }
@@ -129,7 +143,22 @@ def _find(name: str) -> Method | None:
 
         if name in LEARNED_PAPERS:
             return None
+        from server.adapters import adapter_methods
+
+        if name in adapter_methods():
+            raise ConfigError(
+                f"merge method {name!r} merges adapters, and the models are full ones",
+                next_step="choose another method (--explain all), or give adapters",
+            ) from None
         raise unknown_name("merge method", name, known_methods()) from None
+
+
+def _resolve(method: Method, recipe: Recipe) -> dict[str, Any]:
+    """Every option with its value. The recipe's seed is that of a method that draws, if it names none."""
+    options = method.resolve(recipe.options)
+    if "seed" in options and "seed" not in recipe.options:
+        options["seed"] = recipe.seed
+    return options
 
 
 def _write_merge(
@@ -143,7 +172,7 @@ def _write_merge(
     """Merge tensor by tensor, from where the journal says that an interrupted merge stopped."""
     kernel = prepare(method, vectors, options)
     if stage.done_tensors:
-        vectors.changed_N, vectors.print_N = list(stage.state["changed"]), list(stage.state["prints"])
+        vectors.seen = Seen(**stage.state)
     vectors.first = stage.done_tensors
     place = {name: number for number, name in enumerate(vectors.shapes)}
     flushed = writer.bytes_written
@@ -156,7 +185,7 @@ def _write_merge(
             if writer.bytes_written - flushed >= CHECKPOINT_BYTES:
                 writer.flush()
                 flushed = writer.bytes_written
-                stage.checkpoint(done, {"changed": vectors.changed_N, "prints": vectors.print_N})
+                stage.checkpoint(done, asdict(vectors.seen))
 
 
 def _write_vector(inputs: Inputs, vector: Mapping[str, Floats], reader: Reader, writer: WeightWriter) -> None:
@@ -180,22 +209,6 @@ def _copy_buffers(inputs: Inputs, reader: Reader, writer: WeightWriter) -> None:
             writer.copy(tensor, reader)
 
 
-def _warn_of_vectors(vectors: FolderVectors) -> list[str]:
-    """What the pass over the values showed: zero vectors, equal vectors."""
-    labels = list(vectors.labels)
-    warnings = [
-        f"{label} equals the base: its task vector is zero and counts as one"
-        for label, changed in zip(labels, vectors.changed_N, strict=True)
-        if not changed
-    ]
-    first: dict[int, str] = {}
-    for label, mark, changed in zip(labels, vectors.print_N, vectors.changed_N, strict=True):
-        other = first.setdefault(mark, label)
-        if other != label and changed:
-            warnings.append(f"{label} and {other} have the same weights; they count twice")
-    return warnings
-
-
 def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str, Any]:
     """Adapters merge as adapters, in `server.adapters`."""
     full = [entry for entry in recipe.models if not is_adapter(entry.path)]
@@ -206,6 +219,7 @@ def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str,
             else f"{full[0].path} is a full model, but other models are adapters",
             next_step="merge adapters with adapters, or merge each adapter into its base first",
         )
+    _check_adapter_settings(recipe)
     from server.adapters import merge_adapters
 
     with storage_errors(recipe.out):
@@ -220,3 +234,20 @@ def _merge_adapters(recipe: Recipe, *, force: bool, report: Report) -> dict[str,
         base=recipe.base,
         report=report,
     )
+
+
+def _check_adapter_settings(recipe: Recipe) -> None:
+    """Refuse what a merge of adapters has no use for: it needs no texts and writes float32."""
+    given = {
+        "dtype": recipe.dtype not in ("base", "fp32"),
+        "device": recipe.device == "cuda",
+        "learning": bool(recipe.learning),
+        "text": bool(recipe.text),
+        "catalog": any(entry.catalog for entry in recipe.models),
+    }
+    for key, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{key} was given, but the models are adapters: they merge as their factors, in float32",
+                next_step=f"leave {key} out",
+            )

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ModelError, VectorError
+from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
 from server.merging._vectors import BLOCK_VALUES, Block, Floats
 
@@ -90,12 +91,11 @@ class FolderVectors:
         self._base = [tensor for tensor in base.tensors.values() if tensor.dtype in FLOATS]
         self._models = [[model[tensor.name] for tensor in self._base] for model in models.values()]
         self._labels = list(models)
-        self._weight_N = [np.float32(weight) for weight in weights]
+        self.weight_N = list(weights)
         self.reader = Reader()
         self.first = 0
         self.base_X: Floats = np.empty(0, np.float32)
-        self.changed_N = [False] * len(models)  # whether a value other than zero was seen
-        self.print_N = [0] * len(models)  # of what was read: equal vectors have equal prints
+        self.seen = Seen.nothing(len(models))
 
     def __enter__(self) -> FolderVectors:
         return self
@@ -165,13 +165,13 @@ class FolderVectors:
     def _fill(self, place: int, start: int, tau_NX: Floats) -> None:
         """Read a block of every vector, and look at each while it is still in the processor's cache."""
         self._read_base(place, start, self.base_X)
+        self.seen.base_squares += float(np.dot(self.base_X, self.base_X))
         for vector, tau_X in enumerate(tau_NX):
             self._subtract(place, vector, start, tau_X, self.base_X)
             squares = float(np.dot(tau_X, tau_X))
             if not math.isfinite(squares) and not bool(np.isfinite(tau_X).all()):
                 raise self._not_finite(place, vector)
-            self.changed_N[vector] = self.changed_N[vector] or squares > 0 or bool(tau_X.any())
-            self.print_N[vector] = hash((self.print_N[vector], squares))
+            self.seen.add(vector, tau_X, squares)
 
     def _read_base(self, place: int, start: int, base_X: Floats) -> Floats:
         self.reader.read(self._base[place], start, base_X)
@@ -180,8 +180,8 @@ class FolderVectors:
     def _subtract(self, place: int, vector: int, start: int, tau_X: Floats, base_X: Floats) -> None:
         self.reader.read(self._models[vector][place], start, tau_X)
         np.subtract(tau_X, base_X, out=tau_X)
-        if self._weight_N[vector] != 1:
-            tau_X *= self._weight_N[vector]
+        if self.weight_N[vector] != 1:
+            tau_X *= np.float32(self.weight_N[vector])
 
     def _not_finite(self, place: int, vector: int) -> VectorError:
         """The base is to blame where it is not finite itself."""

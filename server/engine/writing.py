@@ -22,7 +22,7 @@ from server.engine.stream import ITEM_BYTES, Reader
 from server.folders import FLOATS, ModelFolder, Stored, WeightFile
 from server.merging._vectors import BLOCK_VALUES, Floats, is_finite
 
-DTYPES = {"fp32": "F32", "bf16": "BF16"}
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 BFLOAT16_LIMIT = (2 - 2**-8) * 2.0**127  # from here on the nearest bfloat16 is infinite
 NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0, and the smallest of all as a signed integer
 
@@ -37,7 +37,7 @@ class Place:
 
 
 class WeightWriter:
-    """Writes into `folder` what the base's weight files become. `dtype` is "base", "fp32" or "bf16".
+    """Writes into `folder` what the base's weight files become. `dtype` is one of `recipe.DTYPES`.
 
     As a context manager it keeps the files open. Raises StorageError where the disk is full, VectorError
     where a merged value is beyond the dtype's range.

@@ -45,8 +45,7 @@ from server.evolution.tuning import Tuning, tune_lora, tuned_ia3
 from server.evolution.workers import ScoringWorkers
 from server.language.registry import METHODS as RULES
 from server.language.registry import AdapterInputs
-from server.merging.emr import emr_for_domain
-from server.tensors import in_memory, merge_tensors
+from server.tensors import merge_tensors
 
 Measure = Callable[[CausalLM], Mapping[str, float]]
 ENTRYWISE = ("weight-averaging", "task-arithmetic", "ties", "dare", "della", "breadcrumbs", "emr")
@@ -170,8 +169,7 @@ class _Makers:
     def _entrywise(self, method: str) -> tuple[Adapter, dict[str, Any]]:
         vectors = {label: self.pool.adapter(label) for label in self.pool.labels}
         if method == "emr" and self.domain is not None:
-            own = emr_for_domain(in_memory(vectors), self.domain)
-            return {name: torch.from_numpy(values) for name, values in own.items()}, {"domain": self.domain}
+            return merge_tensors(method, vectors, {"domain": self.domain}), {"domain": self.domain}
         return merge_tensors(method, vectors), {}
 
     def _best(self) -> tuple[Adapter, dict[str, Any]]:

@@ -26,7 +26,14 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
-from server.learning.prepare import Inputs, histories_of, sample_items, seen_items, teacher_model
+from server.learning.prepare import (
+    Inputs,
+    histories_of,
+    sample_items,
+    seen_items,
+    teacher_model,
+    tokenized,
+)
 from server.learning.pseudo_users import History, held_users, hold_back, source_of
 from server.learning.teachers import (
     DomainTexts,
@@ -34,7 +41,6 @@ from server.learning.teachers import (
     Teacher,
     encode,
     target_scores,
-    tokenize,
     with_vector,
 )
 
@@ -68,7 +74,7 @@ class Judge:
     ) -> None:
         self._inputs = inputs
         learning, seed = inputs.learning, inputs.seed
-        texts = [tokenize(inputs.encoder, inputs.catalogs[name], inputs.text) for name in inputs.domains]
+        texts = tokenized(inputs)
         held = hold_back({text.name: len(text) for text in texts}, learning, seed)
         store = EmbeddingCache(cache)
         self._sheets: dict[str, _Sheet] = {}

@@ -4,7 +4,7 @@ Notation: student logits `s_BI`, teacher logits `t_BI` (cosines with the items o
 by a temperature), `seen_BI` true where the item is in the history and the seen item is to be left out of
 both. A row must keep at least one item that is not seen. A loss is a function under a decorator:
 
-    @loss("pointwise", paper="...", teacher=True)
+    @loss("pointwise", paper="...", equation="mean_i (s_i - t_i)^2", teacher=True)
     def _pointwise(scores: Scores, learning: LearningSection) -> Tensor:
         return (scores.s_BI - scores.t_BI).square().mean(-1)
 
@@ -47,6 +47,7 @@ class Loss:
 
     name: str
     paper: str
+    equation: str
     teacher: bool
     compute: Compute
 
@@ -54,22 +55,32 @@ class Loss:
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(name: str, *, paper: str, teacher: bool) -> Callable[[Compute], Compute]:
+def loss(name: str, *, paper: str, equation: str, teacher: bool) -> Callable[[Compute], Compute]:
     """Register the function as loss `name`; `teacher` says whether it needs the teachers' scores."""
 
     def register(function: Compute) -> Compute:
-        LOSSES[name] = Loss(name, paper, teacher, function)
+        LOSSES[name] = Loss(name, paper, equation, teacher, function)
         return function
 
     return register
 
 
-@loss("adamerging", paper="Yang et al., ICLR 2024 (entropy of pseudo-users' scores)", teacher=False)
+@loss(
+    "adamerging",
+    paper="Yang et al., ICLR 2024 (entropy of pseudo-users' scores)",
+    equation="H(softmax(s))",
+    teacher=False,
+)
 def _adamerging(scores: Scores, learning: LearningSection) -> Tensor:
     return entropy(scores.s_BI, scores.seen_BI)
 
 
-@loss("mergerec", paper="MergeRec: L_rec + alpha L_KD on pseudo-users", teacher=True)
+@loss(
+    "mergerec",
+    paper="MergeRec: L_rec + alpha L_KD on pseudo-users",
+    equation="CE(s, argmax t) + alpha T^2 KL(softmax(t/T) || softmax(s/T))",
+    teacher=True,
+)
 def _mergerec(scores: Scores, learning: LearningSection) -> Tensor:
     temperature, alpha = learning.temperature, learning.distillation_weight
     return mergerec(scores.s_BI, scores.t_BI, scores.seen_BI, temperature=temperature, alpha=alpha)
@@ -78,6 +89,7 @@ def _mergerec(scores: Scores, learning: LearningSection) -> Tensor:
 @loss(
     "ranking-distillation",
     paper="Isthmus: listwise distillation over the teachers' best items, on pseudo-users",
+    equation="KL(softmax(t/T) || softmax(s/T)) over the teachers' best items and some others",
     teacher=True,
 )
 def _ranking_distillation(scores: Scores, learning: LearningSection) -> Tensor:

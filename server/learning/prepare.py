@@ -155,6 +155,11 @@ def sample_items(size: int, histories: Sequence[History], learning: LearningSect
     return torch.from_numpy(np.sort(np.random.default_rng([seed, 5]).permutation(size)[:count]))
 
 
+def tokenized(inputs: Inputs) -> list[DomainTexts]:
+    """Every domain's catalog as token ids, in the order of the domains' names."""
+    return [tokenize(inputs.encoder, name, inputs.catalogs[name], inputs.text) for name in inputs.domains]
+
+
 def pseudo_domains(
     inputs: Inputs, target: Target, cache: Path, report: Report = NO_REPORT
 ) -> tuple[list[PseudoDomain], Draws]:
@@ -162,7 +167,7 @@ def pseudo_domains(
 
     Time: one pass of each teacher over its own catalog, or over every catalog for the "ensemble" (cached).
     """
-    texts = [tokenize(inputs.encoder, inputs.catalogs[name], inputs.text) for name in inputs.domains]
+    texts = tokenized(inputs)
     sizes = {text.name: len(text) for text in texts}
     learning, store = inputs.learning, EmbeddingCache(cache)
     held = hold_back(sizes, learning, inputs.seed)

@@ -50,10 +50,13 @@ class DomainTexts:
         return self.tokens.history(list(items), self.max_seq_len)
 
 
-def tokenize(encoder: Encoder, catalog: Catalog, text: TextSection) -> DomainTexts:
-    """Token ids of every item of the catalog. Raises DataError for an item without text."""
+def tokenize(encoder: Encoder, name: str, catalog: Catalog, text: TextSection) -> DomainTexts:
+    """Token ids of every item of the catalog of domain `name`. Raises DataError for an item without text.
+
+    What the catalog calls its domain does not matter: models may share one, and be called otherwise.
+    """
     tokens = encoder.tokenize_items(catalog.texts(text.attributes), text.max_attribute_tokens)
-    return DomainTexts(catalog.domain, tokens, tokens.items(), text.max_seq_len)
+    return DomainTexts(name, tokens, tokens.items(), text.max_seq_len)
 
 
 def with_vector(base: Mapping[str, Tensor], tau: TaskVector) -> dict[str, Tensor]:

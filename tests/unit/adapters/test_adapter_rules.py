@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import VectorError
 from common.low_rank import LowRank, distance, stack, truncate
 from server.adapters import adapter_methods, merge_adapters
 from server.adapters._knots import align
@@ -243,6 +245,32 @@ RULES: list[dict[str, Any]] = [
 
 def test_every_rule_is_among_those_tested_here() -> None:
     assert {rule["method"] for rule in RULES} == set(adapter_methods())
+
+
+@pytest.mark.parametrize("rule", [{"method": "product"}, {"method": "knots", "options": {"method": "ties"}}])
+def test_a_layer_that_an_adapter_leaves_alone_is_an_update_of_zero(
+    make_adapter: Make, tmp_path: Path, rule: dict[str, Any]
+) -> None:
+    """As if it had an adapter there whose B is zero."""
+    read = read_adapter("x", make_adapter("read", seed=1))
+    factors = {path: read.factors(path) for path in read.modules}
+    zero = factors | {path: (0 * B, A) for path, (B, A) in factors.items() if "value" in path}
+    part = {path: pair for path, pair in factors.items() if "value" not in path}
+    first = make_adapter("first", seed=2, rank=3)
+    full = {"first": first, "second": make_adapter("zero", factors=zero)}
+    fewer = {"first": first, "second": make_adapter("part", factors=part, target_modules=["query"])}
+    for order in (("first", "second"), ("second", "first")):
+        weights = {"first": 0.5, "second": -2.0}
+        expected = merged({k: full[k] for k in order}, tmp_path / "full", weights=weights, **rule)
+        found = merged({k: fewer[k] for k in order}, tmp_path / "fewer", weights=weights, **rule)
+        assert_close(found, expected)
+    warnings = json.loads((tmp_path / "fewer" / "merge.json").read_text())["warnings"]
+    (warning,) = warnings
+    assert warning.startswith("second does not adapt 1 of 3 layers, for example encoder.layer.0.value: ")
+    with pytest.raises(
+        VectorError, match=r"second .* has no layer 'encoder.layer.0.value'.*\n  next: merge by"
+    ):
+        merged({k: fewer[k] for k in order}, tmp_path / "out", method="factors")
 
 
 @settings(max_examples=12, deadline=None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import moved, random_tensors, write_model
 
-from common.errors import BaseMismatchError, ConfigError, DataError, IsthmusError, ModelError, VectorError
+from common.errors import (
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    IsthmusError,
+    ModelError,
+    StorageError,
+    VectorError,
+)
+from server.engine import inputs
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
 
@@ -72,6 +84,11 @@ def _no_weights(family: Family) -> None:
     (family["toys"] / "model.safetensors").unlink()
 
 
+def _a_file(family: Family) -> None:
+    shutil.rmtree(family["toys"])
+    family["toys"].write_text("no folder")
+
+
 def _no_folder(family: Family) -> None:
     shutil.rmtree(family["toys"])
 
@@ -125,6 +142,7 @@ CASES: list[tuple[Callable[[Family], None], type[IsthmusError], str]] = [
     (_truncated, ModelError, "toys/model.safetensors: not a well-formed safetensors file"),
     (_no_header, ModelError, "toys/model.safetensors: not a well-formed safetensors file"),
     (_no_weights, ModelError, "toys: no model.safetensors"),
+    (_a_file, ModelError, "toys: is a file"),
     (_no_folder, ModelError, "toys: no such model folder"),
     (_no_config, ConfigError, "base: has no config.json"),
     (_index_lies, ModelError, "toys/model.safetensors.index.json: tensor .* is not in the file"),
@@ -150,6 +168,7 @@ def test_refused(family: Family, change: Any, error: type[IsthmusError], message
         ("tees", {}, "did you mean 'ties'"),
         ("ties.x", {}, "unknown merge method 'ties.x'"),
         ("_select", {}, "unknown merge method '_select'"),
+        ("knots", {}, "merge method 'knots' merges adapters, and the models are full ones"),
         ("ties", {"options": {"desnity": 0.2}}, "did you mean 'density'"),
         ("ties", {"options": {"density": 1.5}}, "density: Input should be less than or equal to 1"),
         ("ties", {"options": {"density": "0.2"}}, "density: Input should be a valid number"),
@@ -244,6 +263,14 @@ def test_odd_inputs_are_defined_and_warned_of(family: Family, tmp_path: Path) ->
         assert (tmp_path / "out" / name).read_bytes()[-100:] == (family["base"] / name).read_bytes()[-100:]
 
 
+def test_a_model_of_another_base_of_the_same_shapes_is_warned_of(family: Family, tmp_path: Path) -> None:
+    family["other"] = write_model(tmp_path / "other", random_tensors(9))
+    (warning,) = merge(family, "weight-averaging")["warnings"]
+    assert re.fullmatch(
+        r"other lies 1\d\d% of the base's norm away from the base: was it fine.*one\?", warning
+    )
+
+
 def test_dtypes_may_differ_with_a_warning(family: Family, tmp_path: Path) -> None:
     short = {name: tensor.astype(np.float16) for name, tensor in weights(family["toys"]).items()}
     write_model(family["toys"], short)
@@ -253,6 +280,15 @@ def test_dtypes_may_differ_with_a_warning(family: Family, tmp_path: Path) -> Non
     wanted = base + ((beauty - base) + (short[WORDS].astype(np.float32) - base)) / 2
     np.testing.assert_allclose(weights(tmp_path / "out")[WORDS], wanted, rtol=1e-6)
     assert weights(tmp_path / "out")[WORDS].dtype == np.float32
+
+
+def test_the_result_may_be_float16(family: Family, tmp_path: Path) -> None:
+    merge(family, "weight-averaging", out=tmp_path / "wide")
+    merge(family, "weight-averaging", dtype="fp16")
+    for name, values in weights(tmp_path / "out").items():
+        assert values.dtype == np.float16
+        np.testing.assert_array_equal(values, weights(tmp_path / "wide")[name].astype(np.float16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_tied_layers_and_buffers_follow_the_base(tmp_path: Path) -> None:
@@ -299,6 +335,22 @@ def test_sentence_modules_with_weights_merge_too(family: Family, tmp_path: Path)
         merge(family, force=True)
 
 
+def test_more_models_than_memory_are_refused_where_they_must_be_in_it(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "available_bytes", lambda: 2 * 4 * 20 - 1)  # the largest tensor has 20 values
+    with pytest.raises(
+        ConfigError, match=r"method 'wudi' holds .* of 2 models at once, .*\n  next: merge few"
+    ):
+        merge(family, "wudi")
+    merge(family, "ties")
+    monkeypatch.setattr(inputs, "available_bytes", lambda: 2 * 4 * 20)
+    merge(family, "wudi", force=True)
+    monkeypatch.undo()
+    found = inputs.available_bytes()
+    assert found is None or found > 1 << 20
+
+
 def test_a_file_that_changes_meanwhile_is_noticed(family: Family) -> None:
     def report(*, phase: str, step: int = 0, **_: Any) -> None:
         if step == 1:
@@ -308,6 +360,34 @@ def test_a_file_that_changes_meanwhile_is_noticed(family: Family) -> None:
     recipe = Recipe(entries, "ties", family["base"].parent / "out", family["base"])
     with pytest.raises(ModelError, match=r"toys/model.safetensors: changed while it was read"):
         merge_folders(recipe, report=report)
+
+
+class _Refused:
+    """`os.open` that may not open one file: the tests may run as root, whom no mode keeps out."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.open = name, os.open
+
+    def __call__(self, path: Any, *more: Any, **keywords: Any) -> int:
+        if Path(path).name == self.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return self.open(path, *more, **keywords)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ".out.merging.jsonl"])
+def test_a_file_that_may_not_be_opened_is_named(
+    family: Family, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "open", _Refused(name))
+    with pytest.raises(StorageError, match=rf"{name}: Permission denied\n  next: check that path"):
+        merge(family)
+
+
+def test_an_output_below_a_file_is_refused(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(StorageError, match="letter: File exists"):
+        merge(family, out=tmp_path / "letter" / "out")
+    assert (tmp_path / "letter").read_text() == "dear"
 
 
 def test_a_catalog_with_empty_texts_is_refused(family: Family, tmp_path: Path) -> None:
@@ -327,6 +407,30 @@ def test_a_catalog_with_empty_texts_is_refused(family: Family, tmp_path: Path) -
     with pytest.raises(DataError, match="no such catalog"):
         entry = ModelEntry(family["toys"], "toys", tmp_path / "none.parquet")
         merge_folders(Recipe((entry,), "adamerging", tmp_path / "out", family["base"]))
+
+
+def test_settings_of_no_use_are_warned_of(family: Family) -> None:
+    entries = {"learning": {"steps": 3}, "text": {"max_seq_len": 9}, "device": "cuda"}
+    assert merge(family, "ties", **entries)["warnings"] == [
+        "the [learning] section was not used: ties learns nothing",
+        "the [text] section was not used: ties reads no texts",
+        "device cuda was not used: ties runs on the processor",
+    ]
+
+
+def test_the_seed_of_a_recipe_is_that_of_a_method_that_draws(family: Family) -> None:
+    assert merge(family, "dare", seed=7)["options"]["seed"] == 7
+    assert merge(family, "dare", seed=7, options={"seed": 3}, force=True)["options"]["seed"] == 3
+    assert "seed" not in merge(family, "ties", seed=7, force=True)["options"]
+
+
+@pytest.mark.parametrize("given", [{"dtype": "bf16"}, {"device": "cuda"}, {"learning": {"steps": 3}}])
+def test_settings_that_adapters_cannot_have_are_refused(family: Family, given: dict[str, Any]) -> None:
+    for label in ("beauty", "toys"):
+        (family[label] / "adapter_config.json").write_text("{}")
+    (key,) = given
+    with pytest.raises(ConfigError, match=f"{key} was given, but the models are adapters"):
+        merge(family, "product", **given)
 
 
 def test_adapters_and_models_do_not_mix(family: Family) -> None:

@@ -25,7 +25,7 @@ from common.errors import ConfigError, StorageError
 from server.engine import staging
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
-from server.merging import InMemory, merge
+from server.merging import InMemory, merge, methods
 from server.merging._vectors import BLOCK_VALUES
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -96,6 +96,32 @@ def test_zero_coefficient_gives_the_bytes_of_the_base(tmp_path: Path, dtype: Any
     merge_folders(of(folders, tmp_path / "out", "task-arithmetic", options={"lambda": 0.0}))
     for name in base:
         assert raw(tmp_path / "out", name) == raw(tmp_path / "base", name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([name for name, method in methods().items() if not method.needs]),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+    st.booleans(),
+)
+def test_zero_weights_and_a_zero_lambda_give_the_base(
+    method: str, count: int, seed: int, weighted: bool
+) -> None:
+    base = random_tensors(seed, {**SHAPES, "logit_scale": (), "nothing": (0, 4)})
+    base["encoder.layer.0.dense.bias"][0] = -0.0
+    options = {} if weighted or "lambda" not in methods()[method].resolve({}) else {"lambda": 0.0}
+    weight = None if options else 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "base", base)
+        entries = tuple(
+            ModelEntry(write_model(folder / f"m{n}", moved(base, seed + n)), f"m{n}", weight=weight)
+            for n in range(1, count + 1)
+        )
+        merge_folders(Recipe(entries, method, folder / "out", folder / "base", options), digests=False)
+        for tensor in base:
+            assert raw(folder / "out", tensor) == raw(folder / "base", tensor), (method, tensor)
 
 
 def test_bfloat16_is_read_exactly_and_rounded_to_even(tmp_path: Path) -> None:

@@ -160,7 +160,14 @@ def test_a_loss_that_is_not_finite_is_named(
 
 @pytest.mark.parametrize(
     "options",
-    [{"rule": "regmean"}, {"rule": "emr"}, {"steps": -1}, {"learning_rate": 0.0}, {"round": 3}, {"probes": 0}],
+    [
+        {"rule": "regmean"},
+        {"rule": "emr"},
+        {"steps": -1},
+        {"learning_rate": 0.0},
+        {"round": 3},
+        {"probes": 0},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

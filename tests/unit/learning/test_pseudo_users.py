@@ -57,7 +57,7 @@ class Teacher:
         self.encoder = Encoder.load(base)
         tensors = {name: param.detach() for name, param in self.encoder.model.named_parameters()}
         self.params = with_vector(tensors, tau)
-        self.texts: DomainTexts = tokenize(self.encoder, catalog, TextSection())
+        self.texts: DomainTexts = tokenize(self.encoder, catalog.domain, catalog, TextSection())
         self.items_IE = encode(self.encoder, self.texts.items, self.params)
 
 

@@ -105,6 +105,18 @@ def test_learned_is_journaled_and_follows_its_inputs(case: Case) -> None:
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize("method", ["mergerec", "auto", "regmean"])
+def test_what_a_catalog_calls_its_domain_does_not_matter(case: Case, method: str) -> None:
+    """`isthmus merge` calls models what their folders are called, and two may have one catalog."""
+    shared = dict.fromkeys(case.taus, case.catalogs["kitchen"])
+    options = {"candidates": "weight-averaging, ties"} if method == "auto" else {}
+    merged = case.merge(MergeMethod(method=method, options=options), catalogs=shared)
+    if method == "mergerec":
+        assert set(merged.coefficients["layer-0"]) == set(case.taus)
+    if method == "auto":
+        assert set(merged.facts["scores"]["ties"]["domains"]) == set(case.taus)
+
+
 def test_learned_on_ties_vectors(case: Case) -> None:
     options: dict[str, float | int | str | bool] = {
         "granularity": "domain",
@@ -176,6 +188,13 @@ def test_auto_merges_by_the_best_candidate_and_says_why(case: Case) -> None:
     assert again.facts == result.facts
     with pytest.raises(ConfigError, match="no held-back pseudo-users"):
         case.merge(method, config(holdout=0.0), taus=taus)
+
+
+def test_auto_keeps_the_trajectory_of_what_it_chose(case: Case) -> None:
+    options = {"candidates": "adamerging granularity=domain"}
+    merged = case.merge(MergeMethod(method="auto", options=options))
+    assert merged.trajectory_path is not None
+    assert json.loads(merged.trajectory_path.read_text().splitlines()[-1])["step"] == 4
 
 
 def test_auto_that_was_killed_goes_on_after_the_candidates_it_has(case: Case, tmp_path: Path) -> None:

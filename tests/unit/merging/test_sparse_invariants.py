@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.merging import InMemory, merge, methods, process_vectors, processes
-from server.merging.emr import emr_for_domain
 
 SPARSE = ["breadcrumbs", "dare", "dare-ties", "della", "emr", "localize-and-stitch", "pcb"]
 KEEP_MORE: dict[str, dict[str, Any]] = {  # so that little is dropped from small tensors
@@ -73,8 +72,8 @@ def test_scaling_by_a_power_of_two_is_exact(count: int, seed: int, method: str, 
     )
     if method == "emr":
         for label in taus:
-            one, other = (emr_for_domain(InMemory(given), label) for given in (taus, times(taus, factor)))
-            np.testing.assert_array_equal(flat(other), np.float32(factor) * flat(one))
+            one, other = (merged("emr", given, domain=label) for given in (taus, times(taus, factor)))
+            np.testing.assert_array_equal(other, np.float32(factor) * one)
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,7 +11,6 @@ import pytest
 from common.errors import ConfigError, VectorError
 from server.merging import Block, InMemory, merge, process_vectors
 from server.merging._vectors import BLOCK_VALUES
-from server.merging.emr import emr_for_domain
 
 SHAPES: dict[str, tuple[int, ...]] = {"bias": (9,), "conv": (3, 2, 4), "matrix": (6, 8), "scale": ()}
 Named = dict[str, dict[str, np.ndarray]]
@@ -215,7 +214,7 @@ def test_emr_against_float64(count: int) -> None:
         }
         own_sum = sum(np.abs(values).sum() for values in tau.values())
         scale = own_sum / sum(np.abs(values).sum() for values in masked.values())
-        found = emr_for_domain(InMemory(taus), label)
+        found = merge("emr", InMemory(taus), {"domain": label})
         assert_same(found, {name: scale * values for name, values in masked.items()})
         # what the rescaler is for: the mean magnitude of the domain's own vector is restored
         assert np.isclose(sum(np.abs(v).sum(dtype=float) for v in found.values()), own_sum, rtol=1e-6)
@@ -225,12 +224,12 @@ def test_emr_gives_vectors_that_do_not_meet_back_exactly() -> None:
     one, two = np.array([1, -2, 0, 0], np.float32), np.array([0, 0, 4, -3], np.float32)
     taus = {"a": {"w": one}, "b": {"w": two}}
     assert merged("emr", taus)["w"].tolist() == [1, -2, 4, -3]
-    assert emr_for_domain(InMemory(taus), "a")["w"].tolist() == one.tolist()
-    assert emr_for_domain(InMemory(taus), "b")["w"].tolist() == two.tolist()
+    assert merge("emr", InMemory(taus), {"domain": "a"})["w"].tolist() == one.tolist()
+    assert merge("emr", InMemory(taus), {"domain": "b"})["w"].tolist() == two.tolist()
     taus["c"] = {"w": np.zeros(4, np.float32)}
-    assert not emr_for_domain(InMemory(taus), "c")["w"].any()
+    assert not merge("emr", InMemory(taus), {"domain": "c"})["w"].any()
     with pytest.raises(ConfigError, match="unknown domain 'd'"):
-        emr_for_domain(InMemory(taus), "d")
+        merge("emr", InMemory(taus), {"domain": "d"})
 
 
 def flat(tau: Mapping[str, np.ndarray]) -> np.ndarray:

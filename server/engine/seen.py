@@ -1,0 +1,51 @@
+"""What a merge notices of its vectors while it reads them, and says at the end: nothing is read for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.merging._vectors import Floats
+
+FAR = 0.5  # of the base's norm: fine-tuning moves a model by a few percent, another base lies 100% away
+
+
+@dataclass
+class Seen:
+    """Of N vectors, over all passes so far."""
+
+    changed_N: list[bool]  # whether there is a value other than zero
+    print_N: list[int]  # equal vectors have equal prints
+    squares_N: list[float]  # the sum of a vector's squares
+    base_squares: float
+
+    @classmethod
+    def nothing(cls, count: int) -> Seen:
+        return cls([False] * count, [0] * count, [0.0] * count, 0.0)
+
+    def add(self, vector: int, tau_X: Floats, squares: float) -> None:
+        """A block of a vector, and the sum of its squares (which may be 0 for tiny values)."""
+        self.changed_N[vector] = self.changed_N[vector] or squares > 0 or bool(tau_X.any())
+        self.print_N[vector] = hash((self.print_N[vector], squares))
+        self.squares_N[vector] += squares
+
+    def warnings(self, labels: Sequence[str], weight_N: Sequence[float]) -> list[str]:
+        """Zero vectors, equal vectors, and models that seem to be of another base."""
+        found = []
+        first: dict[int, str] = {}
+        for label, weight, changed, mark in zip(labels, weight_N, self.changed_N, self.print_N, strict=True):
+            other = first.setdefault(mark, label)
+            if not changed:
+                why = "equals the base" if weight else "has weight 0"
+                found.append(f"{label} {why}: its task vector is zero and counts as one")
+            elif other != label:
+                found.append(f"{label} and {other} have the same weights; they count twice")
+        for label, weight, squares in zip(labels, weight_N, self.squares_N, strict=True):
+            if squares > self.base_squares * (FAR * weight) ** 2 > 0:
+                far = math.sqrt(squares / self.base_squares) / abs(weight)
+                found.append(
+                    f"{label} lies {far:.0%} of the base's norm away from the base: "
+                    "was it fine-tuned from this one?"
+                )
+        return found
