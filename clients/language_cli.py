@@ -140,23 +140,25 @@ def mix_command(
     _one_of("--format", format_name, ("text", "json"))
     from clients.data.domain import Domain
     from clients.training.cocktail import mix_in_domain
-    from common.config import InstructionSection
+    from common.config import InstructionSection, validate
     from common.language.options import CocktailOptions
+    from common.language.prompts import Template
 
     options = {
         "rule": rule, "granularity": granularity, "prompts": prompts, "tokens": tokens, "steps": steps,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     instruction = {
-        "template": template, "candidates": candidates, "protocol": protocol,
-        "history_items": history_items, "max_prompt_tokens": max_prompt_tokens,
+        "candidates": candidates, "protocol": protocol, "history_items": history_items,
+        "max_prompt_tokens": max_prompt_tokens,
     }  # fmt: skip
     precision_, device_ = _where(precision, device)
     with progress_bars() as report:
         made = mix_in_domain(
             model, spirit, ingredient, Domain.load(domain), out,
-            options=CocktailOptions.model_validate(options),
-            instruction=InstructionSection.model_validate(instruction),
+            options=validate(options, CocktailOptions, where="mix"),
+            instruction=validate(instruction, InstructionSection, where="mix"),
+            template=Template.load(template),
             split=cast(Literal["valid", "test"], split), precision=precision_, device=device_, report=report,
         )  # fmt: skip
     if format_name == "json":
