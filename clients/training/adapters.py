@@ -13,7 +13,6 @@ from common.config import LoraSection, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import ModelError, VectorError
 from common.language.adapters import (
-    CONFIG_FILE,
     adapted_layers,
     base_of,
     initial_adapter,
@@ -22,6 +21,7 @@ from common.language.adapters import (
 )
 from common.language.layers import put_lora
 from common.language.merged import merged_weight
+from common.language.peft_folder import CONFIG_FILE
 from common.models.encoder import Encoder
 
 

@@ -9,7 +9,7 @@ from common.config import LoraSection
 
 
 def put_lora(model: Any, lora: LoraSection, task: Literal["CAUSAL_LM", "FEATURE_EXTRACTION"]) -> Any:
-    """`model` within LoRA layers: A random, B zero. Raises ValueError where no layer has the modules' names."""
+    """`model` within LoRA layers: A random, B zero. Raises ValueError where no layer has such a name."""
     from peft import LoraConfig
 
     return put_layers(

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from common.errors import ConfigError
 from common.files import replace_folder, sha256_file, storage_errors
+from common.language.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFolder
 from common.low_rank import LowRank
-from server.adapters._read import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 
 MERGE_FILE = "merge.json"
 _TARGETING = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
@@ -40,7 +40,7 @@ def check_out(out: Path, folders: Sequence[Path]) -> None:
 
 
 def write_adapter(
-    out: Path, adapters: Sequence[Adapter], updates: Mapping[str, LowRank], record: dict[str, Any]
+    out: Path, adapters: Sequence[AdapterFolder], updates: Mapping[str, LowRank], record: dict[str, Any]
 ) -> None:
     """Write the folder `out`; adds `weights_sha256` to `record`.
 
@@ -79,7 +79,7 @@ def write_adapter(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _config(adapters: Sequence[AdapterFolder], ranks: Mapping[str, int]) -> dict[str, Any]:
     """The configuration of the merged adapter: that of the first, with its own ranks and a scaling of 1."""
     first = adapters[0].config
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -108,7 +108,7 @@ def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, 
     }
 
 
-def _targeting(adapter: Adapter) -> list[Any]:
+def _targeting(adapter: AdapterFolder) -> list[Any]:
     """What decides which layers are adapted, lists in any order."""
     values = [adapter.config.get(key) for key in _TARGETING]
     return [sorted(value) if isinstance(value, list) else value for value in values]
@@ -151,7 +151,7 @@ def _card(record: Mapping[str, Any], base: str) -> str:
         f"Base: {record['base']['name']}. The scaling is 1: the tensors are the update itself.",
         "## Merge\n\n"
         + f"Method: {record['method']} ({record['paper']}): `{record['equation']}`. Options: {options}.\n\n"
-        + "| Adapter | Weight | SHA-256 of its tensors |\n|---|---|---|\n"
+        + "| AdapterFolder | Weight | SHA-256 of its tensors |\n|---|---|---|\n"
         + "\n".join(rows),
         "\n".join(worst),
         "\n".join(f"- Warning: {warning}" for warning in record["warnings"]),

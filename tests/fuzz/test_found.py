@@ -244,7 +244,7 @@ def test_an_adapter_folder_that_is_no_safetensors(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     load_adapter(tmp_path)
     (tmp_path / ADAPTER).write_bytes(b"\0" * 9)
-    with pytest.raises(VectorError, match="not a safetensors file"):
+    with pytest.raises(ModelError, match="not a well-formed safetensors file"):
         load_adapter(tmp_path)
 
 

@@ -172,14 +172,15 @@ def test_the_command_takes_a_template_of_ones_own(
     pico_domain.save(tmp_path / "domain")
     own = (FOLDER / "next.toml").read_text().replace("Which of the candidates", "And which")
     (tmp_path / "mine.toml").write_text(own)
-    shown: list[str] = []
+    folders = [word for name, folder in parts.items() for word in (f"--{name}", str(folder))]
+    shown: list[Any] = []
     for template in ("next", str(tmp_path / "mine.toml")):
         out = tmp_path / Path(template).stem
         result = CliRunner().invoke(
             app,
-            ["mix", str(tiny_causal), "--spirit", str(parts["spirit"]), "--ingredient", str(parts["ingredient"]),
-             "--domain", str(tmp_path / "domain"), "--out", str(out), "--candidates", "4", "--prompts", "6",
-             "--steps", "1", "--device", "cpu", "--template", template, "--format", "json"],
+            ["mix", str(tiny_causal), *folders, "--domain", str(tmp_path / "domain"), "--out", str(out),
+             "--candidates", "4", "--prompts", "6", "--steps", "1", "--device", "cpu", "--template", template,
+             "--format", "json"],
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         shown.append(json.loads(result.stdout)["facts"]["held_back_loss"])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import ModelError, VectorError
-from common.files import sha256_bytes, sha256_file
+from common.files import sha256_file
 from common.models.weights import WeightEntry, read_weights
 from common.tensorfile import ITEM_BYTES, Floats, as_float32
 
@@ -64,7 +64,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFolder:
     """One checked adapter folder; values are read from the file when asked for."""
 
     label: str
@@ -90,7 +90,7 @@ class Adapter:
             return as_float32(file.read(entry.end - entry.start), entry.dtype).reshape(entry.shape)
 
 
-def read_adapter(label: str, folder: Path) -> Adapter:
+def read_adapter(label: str, folder: Path) -> AdapterFolder:
     """The adapter in `folder`, every value looked at once.
 
     Raises ModelError for a folder or setting that is not supported, VectorError naming file and tensor for
@@ -102,10 +102,10 @@ def read_adapter(label: str, folder: Path) -> Adapter:
                 f"{folder}: no {name}",
                 next_step="give a folder that PeftModel.save_pretrained wrote, as safetensors (never pickle)",
             )
-    raw = (folder / CONFIG_FILE).read_bytes()
-    config = _read_config(folder / CONFIG_FILE, raw)
+    config = read_settings(folder)
     modules = _read_modules(folder, config)
-    adapter = Adapter(label, folder, config, modules, sha256_file(folder / WEIGHTS_FILE), sha256_bytes(raw))
+    digests = (sha256_file(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE))
+    adapter = AdapterFolder(label, folder, config, modules, *digests)
     for path, module in modules.items():
         for entry, values in zip((module.B, module.A), adapter.factors(path), strict=True):
             if not np.isfinite(values).all():
@@ -116,11 +116,12 @@ def read_adapter(label: str, folder: Path) -> Adapter:
     return adapter
 
 
-def _read_config(file: Path, raw: bytes) -> dict[str, Any]:
-    """The configuration, refused where it asks for anything but plain LoRA."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder. Raises ModelError where it asks for anything but plain LoRA."""
+    file = folder / CONFIG_FILE
     try:
-        config = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise ModelError(f"{file}: not a JSON object", next_step="obtain the adapter again")
