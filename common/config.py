@@ -241,6 +241,9 @@ class InstructionSection(Frozen):
     )
 
 
+SERVER_FILES = ("samples",)  # merge options that name a file of the server's
+
+
 class MergeMethod(Frozen):
     """One `[[merge]]` entry: a method, its options, and the name under which it is reported."""
 
@@ -293,6 +296,20 @@ class RunConfig(Frozen):
     evaluation: EvaluationSection = EvaluationSection()
     lora: LoraSection | None = None
     instruction: InstructionSection | None = None
+
+    def for_owners(self) -> RunConfig:
+        """What crosses: the base by its folder's name, and no path of the server's.
+
+        An owner's own copy of the base is known by its digest, a file by the digest among the options.
+        """
+        merge = tuple(
+            method.model_copy(
+                update={"options": {k: v for k, v in method.options.items() if k not in SERVER_FILES}}
+            )
+            for method in self.merge
+        )
+        base = self.base.model_copy(update={"model": Path(self.base.model).name})
+        return self.model_copy(update={"base": base, "merge": merge})
 
     @model_validator(mode="before")
     @classmethod
