@@ -184,9 +184,10 @@ def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> An
     from common.language.model import load_causal
 
     known, where = _where(precision, device)
+    worn = load_adapter(adapter, folder) if adapter is not None else None
     lm = load_causal(folder, precision=known, device=where)
-    if adapter is not None:
-        lm.attach(*load_adapter(adapter))
+    if worn is not None:
+        lm.attach(*worn)
     return lm
 
 

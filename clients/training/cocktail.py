@@ -19,7 +19,7 @@ from common.config import InstructionSection
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.language.ablation import INGREDIENT, SPIRIT
-from common.language.adapters import adapter_tensors, check_adapter, load_adapter, save_adapter
+from common.language.adapters import load_adapter, save_adapter
 from common.language.cocktail import Cocktail, mix_by_entropy, unlabelled
 from common.language.mixing import rescaled
 from common.language.model import load_causal
@@ -65,9 +65,7 @@ def mix_in_domain(
         raise ConfigError(
             f"{out}: exists and is no cocktail, and would be replaced", next_step="write to another folder"
         )
-    general, own = load_adapter(spirit), load_adapter(ingredient)
-    for lora, adapter in (general, own):
-        check_adapter(adapter, adapter_tensors(base, lora))
+    general, own = load_adapter(spirit, base), load_adapter(ingredient, base)
     lora = own[0]
     rankings = unlabelled(
         rankings_of(

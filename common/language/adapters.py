@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from common.config import LoraSection, validate
-from common.errors import ModelError, VectorError, suggest
+from common.errors import BaseMismatchError, ModelError, VectorError, suggest
 from common.files import replace_folder, storage_errors
 from common.language.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter, read_settings
 from common.models.base import is_table, model_digest, read_config, read_entries
@@ -195,11 +195,12 @@ def save_adapter(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def load_adapter(folder: Path) -> tuple[LoraSection, Adapter]:
+def load_adapter(folder: Path, base: Path | None = None) -> tuple[LoraSection, Adapter]:
     """The settings and tensors (float32, CPU) of a folder that `save_adapter` or PEFT wrote.
 
-    Raises ModelError for a folder or setting that is not supported, VectorError naming file and tensor for
-    one that is extra, missing, misshapen or not finite.
+    With `base` they are compared with that model, too. Raises ModelError for a folder or setting that is not
+    supported, BaseMismatchError for an adapter of another base that is on this host, VectorError naming file
+    and tensor for one that is extra, missing, misshapen or not finite.
     """
     import torch
 
@@ -208,6 +209,14 @@ def load_adapter(folder: Path) -> tuple[LoraSection, Adapter]:
     for path, module in read.modules.items():
         for entry, values in zip((module.B, module.A), read.factors(path), strict=True):
             tensors[entry.name] = torch.tensor(values)
+    if base is not None:
+        own = base_of(folder)
+        if own and own.resolve() != base.resolve() and model_digest(own) != model_digest(base):
+            raise BaseMismatchError(
+                f"{folder}: an adapter of {own}, which is another model than {base}",
+                next_step="use it with the base that it was trained on",
+            )
+        check_adapter(tensors, adapter_tensors(base, lora))
     return lora, dict(sorted(tensors.items()))
 
 

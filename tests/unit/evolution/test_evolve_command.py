@@ -82,6 +82,11 @@ def test_the_command_refuses_what_cannot_be(base, adapters, samples, tmp_path):
         found = command(base, samples, tmp_path / "out", *more)
         assert found.exit_code != 0
         assert said in found.output
+    other = build_causal(tmp_path / "other", seed=1)
+    save_adapter(base, LORA, adapters["tea"], tmp_path / "tea", "", base_name=str(other))
+    found = command(base, samples, tmp_path / "out", "--adapter", tmp_path / "tea")
+    assert found.exit_code != 0
+    assert "which is another model than" in found.output
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.config import LoraSection, RunConfig, validate
-from common.errors import ConfigError, ModelError, VectorError
+from common.errors import BaseMismatchError, ConfigError, ModelError, VectorError
 from common.language.adapters import (
     Adapter,
     adapter_digest,
@@ -136,6 +136,24 @@ def test_another_base_is_refused_by_name(
     with pytest.raises(VectorError, match=r"q_proj|down_proj"):
         save_adapter(wider, LORA, drawn(tiny_causal), tmp_path / "out", "")
     assert not (tmp_path / "out").exists()
+    save_adapter(tiny_causal, LORA, drawn(tiny_causal), tmp_path / "unnamed", "")
+    with pytest.raises(VectorError, match=r"q_proj|down_proj"):
+        load_adapter(tmp_path / "unnamed", wider)
+
+
+def test_another_base_of_the_same_shapes_is_refused_where_it_is_known(
+    tiny_causal: Path, tmp_path: Path
+) -> None:
+    """`tiny` copied is the same base; with other weights it is not."""
+    save_adapter(tiny_causal, LORA, drawn(tiny_causal), tmp_path / "a", "", base_name=str(tiny_causal))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_causal, other)
+    assert load_adapter(tmp_path / "a", other)[0] == LORA
+    tensors = load_file(other / "model.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first] + 1}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="another model than"):
+        load_adapter(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize(
