@@ -21,7 +21,7 @@ from common.errors import ConfigError, DataError
 from common.language.evaluation import fit
 from common.language.model import CausalLM
 from common.language.prompts import Template
-from common.language.records import Ranking, title_key
+from common.language.records import Ranking, cut_title, title_key
 from common.language.scoring import candidate_scores, generate
 
 EXPLANATION_TOKENS = 64
@@ -47,7 +47,8 @@ def rank_titles(
     config = settings_of(model_folder)
     section = config.instruction or InstructionSection()
     pool = list(range(len(domain.item_ids)) if candidates is None else dict.fromkeys(candidates))
-    wrong = unrankable(domain, pool)
+    titles = shown_titles(domain, section.title_words)
+    wrong = unrankable(titles, pool)
     if candidates is not None and wrong:
         item, why = min(wrong.items())
         raise DataError(
@@ -70,9 +71,9 @@ def rank_titles(
     while len(pool) > size:
         count = -(-len(pool) // size)
         groups = [pool[start::count] for start in range(count)]
-        ranked = _scores(lm, config, domain, history, groups)
+        ranked = _scores(lm, config, titles, history, groups)
         pool = [item for group in ranked for item, _ in group[:kept]]
-    (last,) = _scores(lm, config, domain, history, [pool])
+    (last,) = _scores(lm, config, titles, history, [pool])
     return last[:k]
 
 
@@ -83,14 +84,14 @@ def explain(model_folder: Path, domain: Domain, history: Sequence[int], item: in
     """
     config = settings_of(model_folder)
     section = config.instruction or InstructionSection()
-    lm, title = _load(model_folder, config), domain.attributes["title"][item]
+    lm, titles = _load(model_folder, config), shown_titles(domain, section.title_words)
     most = min(section.max_prompt_tokens, lm.max_tokens - EXPLANATION_TOKENS)
-    past = _titles(domain, history)[-section.history_items :]
+    past = _past(titles, history)[-section.history_items :]
     for start in range(len(past) + 1):  # as much of the newest history as fits
         liked = "\n".join(f"- {other}" for other in past[start:])
         prompt = (
             f"### Instruction:\nA user liked these items. Say in one sentence why the user may like "
-            f"{title!r}, too.\n\n### History:\n{liked}\n\n### Answer:\n"
+            f"{titles[item]!r}, too.\n\n### History:\n{liked}\n\n### Answer:\n"
         )
         if len(lm.encode(prompt)) <= most:
             break
@@ -98,9 +99,15 @@ def explain(model_folder: Path, domain: Domain, history: Sequence[int], item: in
     return text.strip()
 
 
-def unrankable(domain: Domain, items: Iterable[int]) -> dict[int, str]:
+def shown_titles(domain: Domain, words: int) -> list[str]:
+    """Every item's title as prompts show it, cut to so many words (0: whole); "" where there is none."""
+    return [
+        cut_title(title, words) for title in domain.attributes.get("title") or [""] * len(domain.item_ids)
+    ]
+
+
+def unrankable(titles: Sequence[str], items: Iterable[int]) -> dict[int, str]:
     """Which of `items` a ranking by titles cannot hold: "no-title", or "same-title" as one before."""
-    titles = domain.attributes.get("title") or [""] * len(domain.item_ids)
     known, found = set[str](), dict[int, str]()
     for item in items:
         key = title_key(titles[item])
@@ -111,12 +118,15 @@ def unrankable(domain: Domain, items: Iterable[int]) -> dict[int, str]:
 
 
 def _scores(
-    lm: CausalLM, config: RunConfig, domain: Domain, history: Sequence[int], groups: Sequence[Sequence[int]]
+    lm: CausalLM,
+    config: RunConfig,
+    titles: Sequence[str],
+    history: Sequence[int],
+    groups: Sequence[Sequence[int]],
 ) -> list[list[tuple[int, float]]]:
     """Each group with its scores, best first."""
     section = config.instruction or InstructionSection()
-    template, titles = Template.load(section.template), domain.attributes["title"]
-    past = tuple(_titles(domain, history)[-section.history_items :])
+    template, past = Template.load(section.template), tuple(_past(titles, history)[-section.history_items :])
     rankings = [Ranking("", past, tuple(titles[item] for item in group), None) for group in groups]
     batch_size = config.evaluation.batch_size
     found = []
@@ -130,12 +140,12 @@ def _scores(
     return ranked
 
 
-def _titles(domain: Domain, history: Sequence[int]) -> list[str]:
+def _past(titles: Sequence[str], history: Sequence[int]) -> list[str]:
     """Those that there are, as in training. Raises DataError where there is none."""
-    titles = [title for item in history if (title := domain.attributes["title"][item]).strip()]
-    if not titles:
+    past = [titles[item] for item in history if titles[item]]
+    if not past:
         raise DataError("no item of the history has a title", next_step="name others with --history")
-    return titles
+    return past
 
 
 def _load(model_folder: Path, config: RunConfig) -> CausalLM:

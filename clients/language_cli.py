@@ -20,6 +20,9 @@ app = typer.Typer(help="Measure causal language models on your own data.", no_ar
 ModelArgument = Annotated[Path, typer.Argument(help="a causal model's folder in Hugging Face layout")]
 AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="a PEFT LoRA adapter's folder")]
 TemplateOption = Annotated[str, typer.Option("--template", help="ranking, next, or a TOML file of your own")]
+TitleWordsOption = Annotated[
+    int, typer.Option("--title-words", min=0, help="cut titles to so many words; 0: whole")
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="prompts at a time")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: cuda where it is")]
@@ -38,7 +41,7 @@ def evaluate_command(
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
     candidates: Annotated[int, typer.Option(min=2)] = 30,
     history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
-    title_words: Annotated[int, typer.Option(min=0, help="cut titles to so many words; 0: whole")] = 0,
+    title_words: TitleWordsOption = 20,
     max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of a generated answer")] = 128,
     max_users: Annotated[int | None, typer.Option(min=1, help="a seeded draw of the users")] = None,
@@ -125,6 +128,7 @@ def mix_command(
     template: TemplateOption = "ranking",
     candidates: Annotated[int, typer.Option(min=2)] = 30,
     history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
+    title_words: TitleWordsOption = 20,
     max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchOption = 8,
@@ -150,7 +154,7 @@ def mix_command(
     }  # fmt: skip
     instruction = {
         "candidates": candidates, "protocol": protocol, "history_items": history_items,
-        "max_prompt_tokens": max_prompt_tokens,
+        "title_words": title_words, "max_prompt_tokens": max_prompt_tokens,
     }  # fmt: skip
     precision_, device_ = _where(precision, device)
     with progress_bars() as report:

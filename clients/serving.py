@@ -242,11 +242,13 @@ def _recommend_by_language(
 
 def left_out(model_folder: Path, domain: Domain) -> Counter[str]:
     """How many items of the catalog a model never recommends, by reason: a language model ranks titles."""
-    if settings_of(model_folder).instruction is None:
+    section = settings_of(model_folder).instruction
+    if section is None:
         return Counter()
-    from clients.language import unrankable
+    from clients.language import shown_titles, unrankable
 
-    return Counter(unrankable(domain, range(len(domain.item_ids))).values())
+    titles = shown_titles(domain, section.title_words)
+    return Counter(unrankable(titles, range(len(titles))).values())
 
 
 def why(model_folder: Path, domain: Domain, history_item_ids: Sequence[str], item_id: str) -> str:

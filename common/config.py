@@ -232,6 +232,11 @@ class InstructionSection(Frozen):
         "warm", description="`cold`: test only on items that no training or validation sequence holds"
     )
     history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
+    title_words: int = Field(
+        20,
+        ge=0,
+        description="titles are cut to so many words, or few candidates of a prompt would fill it; 0: whole",
+    )
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
     prompts_at_once: int = Field(
         8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"

@@ -71,6 +71,7 @@ def mix_in_domain(
         rankings_of(
             domain, split, options.seed, instruction.candidates, instruction.protocol,
             history_items=instruction.history_items, max_users=options.prompts,
+            title_words=instruction.title_words,
         )
     )  # fmt: skip
     made = mix_by_entropy(

@@ -110,6 +110,7 @@ def test_samples_that_are_none(tmp_path, text, said):
 
 def catalog(domain):
     titles = [f"{domain} {word}" for word in ("cup", "pot", "lamp", "table", "train", "boat")]
+    titles.append(f"{domain} {'7 ' * 480}")  # cut in prompts
     return Catalog(domain, [f"{n}" for n in range(len(titles))], {"title": titles})
 
 

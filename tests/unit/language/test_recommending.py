@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from clients import cli
 from clients import language as by_language
-from clients.language import explain, rank_titles, unrankable
+from clients.language import explain, rank_titles, shown_titles, unrankable
 from clients.serving import left_out, write_settings
 from common.config import RunConfig
 from common.errors import DataError
@@ -25,6 +25,8 @@ CONFIG = RunConfig.model_validate(
         "training": {"precision": "fp32"},
     }
 )
+assert CONFIG.instruction is not None
+FEW_WORDS = CONFIG.instruction.model_copy(update={"title_words": 5})
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def domain(pico_domain: Any) -> Any:
 
 
 def test_items_that_titles_do_not_tell_apart_are_counted(model: Path, domain: Any) -> None:
-    assert unrankable(domain, range(6)) == {2: "same-title", 3: "no-title"}
+    assert unrankable(shown_titles(domain, 0), range(6)) == {2: "same-title", 3: "no-title"}
     assert left_out(model, domain) == {"same-title": 1, "no-title": 1}
     found = rank_titles(model, domain, [0], 2, candidates=[1, 4, 5])
     assert len(found) == 2
@@ -64,6 +66,19 @@ def test_a_history_is_what_training_showed(model: Path, domain: Any) -> None:
     assert rank_titles(model, domain, [0, 4, 5, 3, 6], 3, candidates=[7, 8, 9]) == plain
     with pytest.raises(DataError, match="no item of the history has a title"):
         rank_titles(model, domain, [3], 3, candidates=[7, 8, 9])
+
+
+def test_titles_are_cut_as_in_training(model: Path, domain: Any) -> None:
+    titles = [f"{title} {'7 ' * 480}" for title in domain.attributes["title"]]
+    long = dataclasses.replace(domain, attributes={**domain.attributes, "title": titles})
+    short = dataclasses.replace(domain, attributes={**domain.attributes, "title": shown_titles(long, 5)})
+    write_settings(model, CONFIG.model_copy(update={"instruction": FEW_WORDS}))
+    try:
+        found = rank_titles(model, long, [0], 3, candidates=[7, 8, 9])
+        assert found == rank_titles(model, short, [0], 3, candidates=[7, 8, 9])
+        assert isinstance(explain(model, long, [0], 7), str)
+    finally:
+        write_settings(model, CONFIG)
 
 
 def test_an_explanation_of_a_long_history_fits(
