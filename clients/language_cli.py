@@ -37,7 +37,9 @@ def evaluate_command(
     adapter: AdapterOption = None,
     template: TemplateOption = "ranking",
     protocol: Annotated[str, typer.Option(help="warm (leave-one-out), or cold (unseen targets)")] = "warm",
-    scoring: Annotated[str, typer.Option(help="likelihood of each candidate, or generation")] = "likelihood",
+    scoring: Annotated[
+        str, typer.Option(help="likelihood of each candidate, calibrated, or generation")
+    ] = "likelihood",
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
     candidates: Annotated[int, typer.Option(min=2)] = 30,
     history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
@@ -53,7 +55,7 @@ def evaluate_command(
 ) -> None:
     """Rank each user's next item among candidates: NDCG@1, NDCG@3, Recall."""
     _one_of("--protocol", protocol, ("warm", "cold"))
-    _one_of("--scoring", scoring, ("likelihood", "generation"))
+    _one_of("--scoring", scoring, ("likelihood", "calibrated", "generation"))
     _one_of("--split", split, ("valid", "test"))
     _one_of("--format", format_name, ("text", "json"))
     from clients.data.domain import Domain
