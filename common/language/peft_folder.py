@@ -31,6 +31,7 @@ from common.tensorfile import ITEM_BYTES, Floats, as_float32
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LARGEST = 1e9  # rank or alpha
 SUPPORTED = "supported is plain LoRA on linear layers (no DoRA, no bias, no modules_to_save)"
 
 _TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
@@ -153,8 +154,8 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
             *((f"{pattern}: {at}", n) for at, n in patterns.items()),
         ):
             whole = key == "lora_alpha" or isinstance(value, int)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not (whole and number and value > 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (whole and number and 0 < value <= LARGEST):  # neither NaN nor what no float can hold
                 raise ModelError(
                     f"{file}: {where}: expected a number above 0, got {value!r}",
                     next_step="mend the configuration",
