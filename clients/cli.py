@@ -240,8 +240,8 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Items that the installed universal model (or another of yours) recommends after a history."""
+    from clients.serving import left_out, why
     from clients.serving import recommend as do_recommend
-    from clients.serving import why
 
     opened = _open(home)
     names = list(dict.fromkeys([model, "own"] if compare else [model]))
@@ -254,6 +254,12 @@ def recommend(
         name: do_recommend(folder, domain, items, k, candidates=only or None)
         for name, folder in models.items()
     }
+    for name, ranked in found.items():
+        if len(ranked) < k:
+            typer.echo(f"the {name} model: {len(ranked)} of {k} items, there are no others", err=True)
+        if not only and (counts := left_out(models[name], domain)):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+            typer.echo(f"the {name} model ranks titles; items left out: {reasons}", err=True)
     said = {name: why(models[name], domain, items, ranked[0][0]) for name, ranked in found.items() if explain}
     if as_json:
         rows: dict[str, Any] = {

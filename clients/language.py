@@ -7,7 +7,7 @@ groups of that size, the best of each go on, until one group is left; so a catal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,11 @@ from common.errors import ConfigError, DataError
 from common.language.evaluation import fit
 from common.language.model import CausalLM
 from common.language.prompts import Template
-from common.language.records import Ranking, title_key
+from common.language.records import Ranking, cut_title, title_key
 from common.language.scoring import candidate_scores, generate
 
 EXPLANATION_TOKENS = 64
+_WHY = {"no-title": "it has no title", "same-title": "another candidate has the same title"}
 
 
 def rank_titles(
@@ -38,15 +39,23 @@ def rank_titles(
 ) -> list[tuple[int, float]]:
     """The best `k` items (index, score) of `candidates`, or of the catalog, after `history`, oldest first.
 
-    Scores are mean log-likelihoods a token of the title, comparable within the last group alone. Items
-    without a title, and others of a title that came before, are left out. Raises DataError where fewer than
-    two are left, ConfigError where `k` is more than a group can give.
+    Scores are mean log-likelihoods a token of the title, comparable within the last group alone. Of the
+    catalog `unrankable` items are left out. Raises DataError where fewer than two are left, one of
+    `candidates` is unrankable among them, or nothing of the history has a title; ConfigError where `k` is
+    more than a group can give.
     """
     config = settings_of(model_folder)
     section = config.instruction or InstructionSection()
-    pool = _distinct(domain, range(len(domain.item_ids)) if candidates is None else candidates)
-    if candidates is None and not include_seen:
-        pool = [item for item in pool if item not in set(history)]
+    pool = list(range(len(domain.item_ids)) if candidates is None else dict.fromkeys(candidates))
+    titles = shown_titles(domain, section.title_words)
+    wrong = unrankable(titles, pool)
+    if candidates is not None and wrong:
+        item, why = min(wrong.items())
+        raise DataError(
+            f"candidate {domain.item_ids[item]!r}: {_WHY[why]}", next_step="leave it out of the candidates"
+        )
+    seen = set() if candidates is not None or include_seen else set(history)
+    pool = [item for item in pool if item not in wrong and item not in seen]
     if len(pool) < 2:
         raise DataError(
             f"{len(pool)} items with titles to rank, expected two or more", next_step="name more candidates"
@@ -62,9 +71,9 @@ def rank_titles(
     while len(pool) > size:
         count = -(-len(pool) // size)
         groups = [pool[start::count] for start in range(count)]
-        ranked = _scores(lm, config, domain, history, groups)
+        ranked = _scores(lm, config, titles, history, groups)
         pool = [item for group in ranked for item, _ in group[:kept]]
-    (last,) = _scores(lm, config, domain, history, [pool])
+    (last,) = _scores(lm, config, titles, history, [pool])
     return last[:k]
 
 
@@ -73,23 +82,51 @@ def explain(model_folder: Path, domain: Domain, history: Sequence[int], item: in
 
     A model that was trained to rank alone may say nothing to the point: it is its text, not a reason.
     """
-    titles = domain.attributes["title"]
-    liked = "\n".join(f"- {titles[index]}" for index in history)
-    prompt = (
-        f"### Instruction:\nA user liked these items. Say in one sentence why the user may like "
-        f"{titles[item]!r}, too.\n\n### History:\n{liked}\n\n### Answer:\n"
-    )
-    (text,) = generate(_load(model_folder, settings_of(model_folder)), [prompt], EXPLANATION_TOKENS)
+    config = settings_of(model_folder)
+    section = config.instruction or InstructionSection()
+    lm, titles = _load(model_folder, config), shown_titles(domain, section.title_words)
+    most = min(section.max_prompt_tokens, lm.max_tokens - EXPLANATION_TOKENS)
+    past = _past(titles, history)[-section.history_items :]
+    for start in range(len(past) + 1):  # as much of the newest history as fits
+        liked = "\n".join(f"- {other}" for other in past[start:])
+        prompt = (
+            f"### Instruction:\nA user liked these items. Say in one sentence why the user may like "
+            f"{titles[item]!r}, too.\n\n### History:\n{liked}\n\n### Answer:\n"
+        )
+        if len(lm.encode(prompt)) <= most:
+            break
+    (text,) = generate(lm, [prompt], EXPLANATION_TOKENS)
     return text.strip()
 
 
+def shown_titles(domain: Domain, words: int) -> list[str]:
+    """Every item's title as prompts show it, cut to so many words (0: whole); "" where there is none."""
+    return [
+        cut_title(title, words) for title in domain.attributes.get("title") or [""] * len(domain.item_ids)
+    ]
+
+
+def unrankable(titles: Sequence[str], items: Iterable[int]) -> dict[int, str]:
+    """Which of `items` a ranking by titles cannot hold: "no-title", or "same-title" as one before."""
+    known, found = set[str](), dict[int, str]()
+    for item in items:
+        key = title_key(titles[item])
+        if not key or key in known:
+            found[item] = "same-title" if key else "no-title"
+        known.add(key)
+    return found
+
+
 def _scores(
-    lm: CausalLM, config: RunConfig, domain: Domain, history: Sequence[int], groups: Sequence[Sequence[int]]
+    lm: CausalLM,
+    config: RunConfig,
+    titles: Sequence[str],
+    history: Sequence[int],
+    groups: Sequence[Sequence[int]],
 ) -> list[list[tuple[int, float]]]:
     """Each group with its scores, best first."""
     section = config.instruction or InstructionSection()
-    template, titles = Template.load(section.template), domain.attributes["title"]
-    past = tuple(titles[item] for item in history[-section.history_items :])
+    template, past = Template.load(section.template), tuple(_past(titles, history)[-section.history_items :])
     rankings = [Ranking("", past, tuple(titles[item] for item in group), None) for group in groups]
     batch_size = config.evaluation.batch_size
     found = []
@@ -103,14 +140,12 @@ def _scores(
     return ranked
 
 
-def _distinct(domain: Domain, items: Sequence[int]) -> list[int]:
-    """Those with a title, each title once."""
-    titles = domain.attributes.get("title") or [""] * len(domain.item_ids)
-    found: dict[str, int] = {}
-    for item in items:
-        found.setdefault(title_key(titles[item]), item)
-    found.pop("", None)
-    return list(found.values())
+def _past(titles: Sequence[str], history: Sequence[int]) -> list[str]:
+    """Those that there are, as in training. Raises DataError where there is none."""
+    past = [titles[item] for item in history if titles[item]]
+    if not past:
+        raise DataError("no item of the history has a title", next_step="name others with --history")
+    return past
 
 
 def _load(model_folder: Path, config: RunConfig) -> CausalLM:

@@ -20,6 +20,9 @@ app = typer.Typer(help="Measure causal language models on your own data.", no_ar
 ModelArgument = Annotated[Path, typer.Argument(help="a causal model's folder in Hugging Face layout")]
 AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="a PEFT LoRA adapter's folder")]
 TemplateOption = Annotated[str, typer.Option("--template", help="ranking, next, or a TOML file of your own")]
+TitleWordsOption = Annotated[
+    int, typer.Option("--title-words", min=0, help="cut titles to so many words; 0: whole")
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="prompts at a time")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: cuda where it is")]
@@ -34,11 +37,13 @@ def evaluate_command(
     adapter: AdapterOption = None,
     template: TemplateOption = "ranking",
     protocol: Annotated[str, typer.Option(help="warm (leave-one-out), or cold (unseen targets)")] = "warm",
-    scoring: Annotated[str, typer.Option(help="likelihood of each candidate, or generation")] = "likelihood",
+    scoring: Annotated[
+        str, typer.Option(help="likelihood of each candidate, calibrated, or generation")
+    ] = "likelihood",
     split: Annotated[str, typer.Option(help="valid or test")] = "test",
     candidates: Annotated[int, typer.Option(min=2)] = 30,
     history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
-    title_words: Annotated[int, typer.Option(min=0, help="cut titles to so many words; 0: whole")] = 0,
+    title_words: TitleWordsOption = 20,
     max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of a generated answer")] = 128,
     max_users: Annotated[int | None, typer.Option(min=1, help="a seeded draw of the users")] = None,
@@ -50,7 +55,7 @@ def evaluate_command(
 ) -> None:
     """Rank each user's next item among candidates: NDCG@1, NDCG@3, Recall."""
     _one_of("--protocol", protocol, ("warm", "cold"))
-    _one_of("--scoring", scoring, ("likelihood", "generation"))
+    _one_of("--scoring", scoring, ("likelihood", "calibrated", "generation"))
     _one_of("--split", split, ("valid", "test"))
     _one_of("--format", format_name, ("text", "json"))
     from clients.data.domain import Domain
@@ -125,6 +130,7 @@ def mix_command(
     template: TemplateOption = "ranking",
     candidates: Annotated[int, typer.Option(min=2)] = 30,
     history_items: Annotated[int, typer.Option(min=1, help="newest items of a history")] = 10,
+    title_words: TitleWordsOption = 20,
     max_prompt_tokens: Annotated[int, typer.Option(min=16)] = 1024,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: BatchOption = 8,
@@ -140,23 +146,25 @@ def mix_command(
     _one_of("--format", format_name, ("text", "json"))
     from clients.data.domain import Domain
     from clients.training.cocktail import mix_in_domain
-    from common.config import InstructionSection
+    from common.config import InstructionSection, validate
     from common.language.options import CocktailOptions
+    from common.language.prompts import Template
 
     options = {
         "rule": rule, "granularity": granularity, "prompts": prompts, "tokens": tokens, "steps": steps,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     instruction = {
-        "template": template, "candidates": candidates, "protocol": protocol,
-        "history_items": history_items, "max_prompt_tokens": max_prompt_tokens,
+        "candidates": candidates, "protocol": protocol, "history_items": history_items,
+        "title_words": title_words, "max_prompt_tokens": max_prompt_tokens,
     }  # fmt: skip
     precision_, device_ = _where(precision, device)
     with progress_bars() as report:
         made = mix_in_domain(
             model, spirit, ingredient, Domain.load(domain), out,
-            options=CocktailOptions.model_validate(options),
-            instruction=InstructionSection.model_validate(instruction),
+            options=validate(options, CocktailOptions, where="mix"),
+            instruction=validate(instruction, InstructionSection, where="mix"),
+            template=Template.load(template),
             split=cast(Literal["valid", "test"], split), precision=precision_, device=device_, report=report,
         )  # fmt: skip
     if format_name == "json":
@@ -182,9 +190,10 @@ def _load(folder: Path, adapter: Path | None, precision: str, device: str) -> An
     from common.language.model import load_causal
 
     known, where = _where(precision, device)
+    worn = load_adapter(adapter, folder) if adapter is not None else None
     lm = load_causal(folder, precision=known, device=where)
-    if adapter is not None:
-        lm.attach(*load_adapter(adapter))
+    if worn is not None:
+        lm.attach(*worn)
     return lm
 
 

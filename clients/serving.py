@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -237,6 +238,17 @@ def _recommend_by_language(
     ranked = rank_titles(model_folder, domain, history, k, candidates=candidates, include_seen=include_seen)
     titles = domain.attributes["title"]
     return [(domain.item_ids[item], titles[item], score) for item, score in ranked]
+
+
+def left_out(model_folder: Path, domain: Domain) -> Counter[str]:
+    """How many items of the catalog a model never recommends, by reason: a language model ranks titles."""
+    section = settings_of(model_folder).instruction
+    if section is None:
+        return Counter()
+    from clients.language import shown_titles, unrankable
+
+    titles = shown_titles(domain, section.title_words)
+    return Counter(unrankable(titles, range(len(titles))).values())
 
 
 def why(model_folder: Path, domain: Domain, history_item_ids: Sequence[str], item_id: str) -> str:

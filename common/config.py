@@ -232,6 +232,11 @@ class InstructionSection(Frozen):
         "warm", description="`cold`: test only on items that no training or validation sequence holds"
     )
     history_items: int = Field(10, ge=1, description="newest items of a history that a prompt shows")
+    title_words: int = Field(
+        20,
+        ge=0,
+        description="titles are cut to so many words, or few candidates of a prompt would fill it; 0: whole",
+    )
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
     prompts_at_once: int = Field(
         8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"
@@ -239,6 +244,9 @@ class InstructionSection(Frozen):
     generated_users: int = Field(
         0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"
     )
+
+
+SERVER_FILES = ("samples",)  # merge options that name a file of the server's
 
 
 class MergeMethod(Frozen):
@@ -295,6 +303,20 @@ class RunConfig(Frozen):
     evaluation: EvaluationSection = EvaluationSection()
     lora: LoraSection | None = None
     instruction: InstructionSection | None = None
+
+    def for_owners(self) -> RunConfig:
+        """What crosses: the base by its folder's name, and no path of the server's.
+
+        An owner's own copy of the base is known by its digest, a file by the digest among the options.
+        """
+        merge = tuple(
+            method.model_copy(
+                update={"options": {k: v for k, v in method.options.items() if k not in SERVER_FILES}}
+            )
+            for method in self.merge
+        )
+        base = self.base.model_copy(update={"model": Path(self.base.model).name})
+        return self.model_copy(update={"base": base, "merge": merge})
 
     @model_validator(mode="before")
     @classmethod

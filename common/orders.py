@@ -2,7 +2,7 @@
 
 An order is a DSSE envelope signed with the server's identity key, so that nobody between the two (not
 even Flower's own processes) can ask for anything. It says what is wanted, never how: the owner runs its
-installed code. The configuration rides along as the JSON text of a `RunConfig`.
+installed code. The configuration rides along as the JSON text of a `RunConfig`, without the server's paths.
 
     contribute   send card and catalog, fine-tune, send the task vector and the allowed metrics
     evaluate     fetch candidate vectors, evaluate each on the private test set, send the allowed metrics
@@ -103,7 +103,7 @@ class Order:
             "action": self.action,
             "run": self.run,
             "recipient": self.recipient,
-            "config": json.dumps(self.config.model_dump(mode="json"), sort_keys=True),
+            "config": json.dumps(self.config.for_owners().model_dump(mode="json"), sort_keys=True),
             "base_digest": self.base_digest,
             "candidates": [
                 {"label": c.label, "parcel": c.parcel, "model_digest": c.model_digest}

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.config import RunConfig, load_toml, validate
+from common.config import SERVER_FILES, MergeMethod, RunConfig, load_toml, validate
 from common.console import progress_bars
 from common.crossing import crossing_tensors
 from common.errors import ConfigError, FederationError
@@ -230,21 +230,29 @@ def _see_to_its_end(home: ServerHome, run: Run, *, wait: bool) -> None:
             raise typer.Exit(1)
 
 
-def bounded(config: RunConfig) -> RunConfig:
-    """`config` with a bound on norms, by default that of the base's own tensors: what a run keeps."""
+def resolved(config: RunConfig) -> RunConfig:
+    """`config` as a run keeps it: with a bound on norms, by default that of the base's own tensors, and the
+    server's files by absolute path and digest. Raises ConfigError for a merge that cannot be."""
+    config = config.model_copy(update={"merge": tuple(_fixed(method, config) for method in config.merge)})
     if config.run.max_norm is not None:
         return config
     norm = trainable_norm(resolve_base(config.base.model))
     return config.model_copy(update={"run": config.run.model_copy(update={"max_norm": norm})})
 
 
-def create_run(home: ServerHome, config: RunConfig) -> Run:
-    """A pending run of `config`, checked as far as it can be before anybody trains."""
+def _fixed(method: MergeMethod, config: RunConfig) -> MergeMethod:
+    """The method with its files fixed; its options are checked."""
     from server.merge import check_method
 
-    for method in config.merge:
-        check_method(method, config)
-    config, base = bounded(config), resolve_base(config.base.model)
+    options = check_method(method, config)
+    files = [name for name in SERVER_FILES if method.options.get(name)]
+    fixed = {name: options[name] for file in files for name in (file, f"{file}_sha256")}
+    return method.model_copy(update={"options": {**method.options, **fixed}})
+
+
+def create_run(home: ServerHome, config: RunConfig) -> Run:
+    """A pending run of `config`, checked as far as it can be before anybody trains."""
+    config, base = resolved(config), resolve_base(config.base.model)
     members = tuple(m.domain for m in home.members.all() if not m.is_revoked)
     return home.runs.create(
         config,

@@ -24,7 +24,7 @@ from common.errors import FederationError
 from common.kit import read_kit
 from common.processes import STOP_PATIENCE_S, ProcessSpec, Supervisor, free_ports, listens, python_module
 from common.witness.home import WitnessConfig, WitnessHome
-from server.cli import bounded, create_home, create_run
+from server.cli import create_home, create_run, resolved
 from server.home import ServerHome
 from server.kit import write_kit
 from server.roots import newest_root
@@ -139,7 +139,7 @@ class OnOneMachine:
 
     def start_run(self, config: RunConfig) -> Run:
         """The run that an interruption left open, or a new one."""
-        home, kept = self.server_home, bounded(config)
+        home, kept = self.server_home, resolved(config)
         for run in home.runs.open():
             if run.spec.config == kept:
                 return run

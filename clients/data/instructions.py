@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from clients.data.domain import Domain
 from common.errors import DataError, suggest
-from common.language.records import Ranking, YesNo, title_key
+from common.language.records import Ranking, YesNo, cut_title, title_key
 
 Protocol = Literal["warm", "cold"]
 Split = Literal["train", "valid", "test"]
@@ -196,8 +196,7 @@ class _Sampler:
                 next_step=f"prepare it with titles; {suggest('title', domain.attributes)}",
             )
         self.domain = domain
-        cut = title_words or None
-        self.titles = [" ".join(title.split()[:cut]) for title in domain.attributes["title"]]
+        self.titles = [cut_title(title, title_words) for title in domain.attributes["title"]]
         self.keys = [title_key(title) for title in self.titles]
         self.drawable = np.flatnonzero([bool(key) for key in self.keys])
 

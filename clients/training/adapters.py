@@ -13,14 +13,15 @@ from common.config import LoraSection, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import ModelError, VectorError
 from common.language.adapters import (
-    CONFIG_FILE,
     adapted_layers,
     base_of,
     initial_adapter,
     is_adapter,
     load_adapter,
 )
+from common.language.layers import put_lora
 from common.language.merged import merged_weight
+from common.language.peft_folder import CONFIG_FILE
 from common.models.encoder import Encoder
 
 
@@ -28,17 +29,9 @@ class AdapterTower(TwoTower):
     """An encoder with LoRA layers and its loss; only A and B train, from the run's first values."""
 
     def __init__(self, encoder: Encoder, base: Path, config: RunConfig) -> None:
-        from peft import LoraConfig, get_peft_model
-
         lora = config.lora or LoraSection()
         super().__init__(encoder, set(), config.training.temperature)
-        wrapped = get_peft_model(  # puts the layers into the encoder's own model
-            encoder.model,
-            LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
-                lora_dropout=lora.dropout, target_modules=list(lora.modules), task_type="FEATURE_EXTRACTION",
-            ),
-        )  # fmt: skip
+        wrapped = put_lora(encoder.model, lora, "FEATURE_EXTRACTION")  # into the encoder's own model
         self._adapter = {
             name.replace(".default.", "."): parameter
             for name, parameter in wrapped.named_parameters()

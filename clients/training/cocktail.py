@@ -19,7 +19,7 @@ from common.config import InstructionSection
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.language.ablation import INGREDIENT, SPIRIT
-from common.language.adapters import adapter_tensors, check_adapter, load_adapter, save_adapter
+from common.language.adapters import load_adapter, save_adapter
 from common.language.cocktail import Cocktail, mix_by_entropy, unlabelled
 from common.language.mixing import rescaled
 from common.language.model import load_causal
@@ -46,6 +46,7 @@ def mix_in_domain(
     *,
     options: CocktailOptions,
     instruction: InstructionSection,
+    template: Template | None = None,
     split: Literal["valid", "test"] = "valid",
     precision: Precision = "auto",
     device: str = "cpu",
@@ -53,20 +54,24 @@ def mix_in_domain(
 ) -> Cocktail:
     """Mix the PEFT folders `spirit` and `ingredient` of the model in `base` into the PEFT folder `out`.
 
-    The spirit may have another scaling, and with the rule `product` another rank. `out` gets `cocktail.json`
-    beside the adapter; `OUT.work` keeps the progress, so that the same call goes on after a kill. Raises
-    ConfigError where `out` is one of the inputs, ModelError, VectorError, DataError.
+    `template` is the owner's own (None: the one that `instruction` names). The spirit may have another
+    scaling, and with the rule `product` another rank. `out` gets `cocktail.json` beside the adapter;
+    `OUT.work` keeps the progress, so that the same call goes on after a kill. Raises ConfigError where `out`
+    is one of the inputs, or holds anything but an earlier cocktail; ModelError, VectorError, DataError.
     """
     if out.resolve() in {spirit.resolve(), ingredient.resolve(), base.resolve()}:
         raise ConfigError(f"{out}: is one of the inputs", next_step="write to another folder")
-    general, own = load_adapter(spirit), load_adapter(ingredient)
-    for lora, adapter in (general, own):
-        check_adapter(adapter, adapter_tensors(base, lora))
+    if out.exists() and not _is_cocktail(out):
+        raise ConfigError(
+            f"{out}: exists and is no cocktail, and would be replaced", next_step="write to another folder"
+        )
+    general, own = load_adapter(spirit, base), load_adapter(ingredient, base)
     lora = own[0]
     rankings = unlabelled(
         rankings_of(
             domain, split, options.seed, instruction.candidates, instruction.protocol,
             history_items=instruction.history_items, max_users=options.prompts,
+            title_words=instruction.title_words,
         )
     )  # fmt: skip
     made = mix_by_entropy(
@@ -74,7 +79,7 @@ def mix_in_domain(
         model_digest(base),
         lora,
         {SPIRIT: rescaled(general[1], general[0], lora), INGREDIENT: own[1]},
-        Template.load(instruction.template),
+        template or Template.load(instruction.template),
         rankings,
         options,
         out.with_name(f"{out.name}.work"),
@@ -85,3 +90,9 @@ def mix_in_domain(
     record = {"weights": made.weights, "facts": made.facts, "options": options.model_dump(mode="json")}
     write_atomic(out / RECORD, json.dumps(record, indent=2).encode("ascii"))
     return made
+
+
+def _is_cocktail(folder: Path) -> bool:
+    """Whether this module wrote the folder: an earlier result, which may be replaced."""
+    readme = folder / "README.md"
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace") == README

@@ -111,6 +111,7 @@ class InstructionBatches(Dataset[Instructions]):
                 self._config.run.seed + SEEDS_APART * epoch,
                 self._section.candidates,
                 history_items=self._section.history_items,
+                title_words=self._section.title_words,
                 positions=self._config.training.positions_per_user,
             )
             self._epoch = epoch

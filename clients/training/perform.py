@@ -111,7 +111,7 @@ def _answers(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
     lm, template = load_language(base, config), Template.load(section.template)
     rankings = rankings_of(
         domain, "valid", config.run.seed, section.candidates, history_items=section.history_items,
-        max_users=config.training.validation_users,
+        max_users=config.training.validation_users, title_words=section.title_words,
     )  # fmt: skip
     fitted = fit(lm, template, rankings, section.max_prompt_tokens)
     users = [

@@ -53,6 +53,7 @@ def evaluate_domain(
         section.protocol if split == "test" else "warm",
         history_items=section.history_items,
         max_users=max_users or config.evaluation.max_users,
+        title_words=section.title_words,
     )
     if drawn.left_out:
         log.warning("%s: users without a ranking task: %s", split, drawn.left_out)
@@ -66,9 +67,12 @@ def evaluate_domain(
     try:
         found = evaluate_rankings(lm, template, drawn.rankings, **settings)
         metrics = dict(found.metrics)
+        if found.counts["shortened"]:
+            log.warning("%s: %d prompts lost their oldest items", split, found.counts["shortened"])
         if split == "test" and section.generated_users:
             asked = drawn.rankings[: section.generated_users]
             answers = evaluate_rankings(lm, template, asked, "generation", **settings)
+            log.info("%s: generated answers: %s", split, answers.counts)
             metrics[VALID_ANSWERS] = answers.metrics[VALID_ANSWERS]
     finally:
         lm.model.train(was_training)
@@ -95,8 +99,9 @@ def user_losses(
     section = config.instruction or InstructionSection()
     template, batch_size = Template.load(section.template), config.evaluation.batch_size
     rankings = rankings_of(
-        domain, "train", config.run.seed, section.candidates, history_items=section.history_items
-    )
+        domain, "train", config.run.seed, section.candidates, history_items=section.history_items,
+        title_words=section.title_words,
+    )  # fmt: skip
     row_of = {user: row for row, user in enumerate(domain.user_ids)}
     loss_U = np.zeros(len(domain.user_ids))
     for start in range(0, len(rankings), batch_size):

@@ -15,15 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from common.config import LoraSection, validate
-from common.errors import ModelError, VectorError, suggest
+from common.errors import BaseMismatchError, ModelError, VectorError, suggest
 from common.files import replace_folder, storage_errors
+from common.language.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter, read_settings
 from common.models.base import is_table, model_digest, read_config, read_entries
 from common.models.weights import FLOAT_DTYPES, tensor_table
 
@@ -33,13 +33,9 @@ if TYPE_CHECKING:
 Adapter: TypeAlias = "dict[str, torch.Tensor]"
 Table: TypeAlias = Mapping[str, tuple[int, ...]]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _VOLATILE_KEYS = ("base_model_name_or_path", "peft_version", "inference_mode")
-_UNSUPPORTED = (
-    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out",
-    "layers_to_transform", "exclude_modules", "target_parameters", "trainable_token_indices",
+_UNEVEN = (
+    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "layers_to_transform", "exclude_modules",
 )  # fmt: skip
 
 
@@ -199,93 +195,64 @@ def save_adapter(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def load_adapter(folder: Path) -> tuple[LoraSection, Adapter]:
+def load_adapter(folder: Path, base: Path | None = None) -> tuple[LoraSection, Adapter]:
     """The settings and tensors (float32, CPU) of a folder that `save_adapter` or PEFT wrote.
 
-    Raises ModelError for a folder or setting that is not supported, VectorError naming file and tensor for
-    one that is extra, missing, misshapen or not finite.
+    With `base` they are compared with that model, too. Raises ModelError for a folder or setting that is not
+    supported, BaseMismatchError for an adapter of another base that is on this host, VectorError naming file
+    and tensor for one that is extra, missing, misshapen or not finite.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    lora = read_lora(folder)
-    try:
-        stored = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError):
-        raise VectorError(
-            f"{folder / WEIGHTS_FILE}: not a safetensors file", next_step="obtain the adapter again"
-        ) from None
-    tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
-    paths = {match[1] for name in tensors if (match := _TENSOR.fullmatch(name))}
-    table: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        for letter, shape in (("A", (lora.rank, -1)), ("B", (-1, lora.rank))):
-            name = f"{PREFIX}{path}.lora_{letter}.weight"
-            got = tuple(tensors[name].shape) if name in tensors else shape
-            table[name] = tuple(at if want < 0 else want for want, at in zip(shape, got, strict=False))
-    file = folder / WEIGHTS_FILE
-    if not tensors:
-        raise VectorError(f"{file}: it has no tensors", next_step="obtain the adapter again")
-    try:
-        check_adapter(tensors, table)
-    except VectorError as err:
-        raise VectorError(f"{file}: {err.message}", next_step=err.next_step) from None
+    lora, read = read_lora(folder), read_adapter(folder.name, folder)
+    tensors: Adapter = {}
+    for path, module in read.modules.items():
+        for entry, values in zip((module.B, module.A), read.factors(path), strict=True):
+            tensors[entry.name] = torch.tensor(values)
+    if base is not None:
+        own = base_of(folder)
+        if own and own.resolve() != base.resolve() and model_digest(own) != model_digest(base):
+            raise BaseMismatchError(
+                f"{folder}: an adapter of {own}, which is another model than {base}",
+                next_step="use it with the base that it was trained on",
+            )
+        check_adapter(tensors, adapter_tensors(base, lora))
     return lora, dict(sorted(tensors.items()))
 
 
 def read_lora(folder: Path) -> LoraSection:
     """The `[lora]` section that an adapter folder was trained with. Raises ModelError."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(
-                f"{folder}: no {name}",
-                next_step="give a folder that PeftModel.save_pretrained wrote, as safetensors (never pickle)",
-            )
-    config = _read_settings(folder)
-    wrong = [key for key in _UNSUPPORTED if config.get(key) not in (None, False, [], {})]
-    wrong += [key for key, only in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, only) != only]
-    modules = config.get("target_modules")
-    if not isinstance(modules, list):
+    file, config = folder / CONFIG_FILE, read_settings(folder)
+    wrong = [key for key in _UNEVEN if config.get(key)]
+    if not isinstance(config.get("target_modules"), list):
         wrong.append("target_modules")
     if wrong:
         raise ModelError(
-            f"{folder / CONFIG_FILE}: {wrong[0]} = {config.get(wrong[0])!r} is not supported",
-            next_step="supported is plain LoRA of one rank on linear layers that are listed by name",
+            f"{file}: {wrong[0]} = {config.get(wrong[0])!r} is not supported here",
+            next_step="needed is plain LoRA of one rank on linear layers that are listed by name",
         )
     settings = {
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
         "dropout": config.get("lora_dropout", 0.0),
-        "modules": modules,
+        "modules": config["target_modules"],
     }
-    return validate(settings, LoraSection, where=str(folder / CONFIG_FILE))
+    return validate(settings, LoraSection, where=str(file))
 
 
 def adapter_digest(folder: Path) -> str:
     """SHA-256 (hex) that names an adapter: its tensors' bytes and what its configuration makes of them."""
-    config = {key: value for key, value in _read_settings(folder).items() if key not in _VOLATILE_KEYS}
+    config = {key: value for key, value in read_settings(folder).items() if key not in _VOLATILE_KEYS}
     statement = {"tensors": tensor_table(folder / WEIGHTS_FILE), "config": config}
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()
 
 
 def base_of(folder: Path) -> Path | None:
     """The base model's folder, where an adapter's configuration names one on this host."""
-    named = _read_settings(folder).get("base_model_name_or_path")
+    named = read_settings(folder).get("base_model_name_or_path")
     return Path(named) if named and Path(named).is_dir() else None
 
 
 def folder_digest(folder: Path) -> str:
     """The digest that names an adapter or a model folder, whichever it is. Raises ModelError."""
     return adapter_digest(folder) if is_adapter(folder) else model_digest(folder)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object", next_step="obtain the adapter again")
-    return config

@@ -17,11 +17,11 @@ from common.errors import DataError
 from common.language.model import CausalLM
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
-from common.language.scoring import candidate_scores, generate_rankings, yes_no_scores
+from common.language.scoring import calibrated_scores, candidate_scores, generate_rankings, yes_no_scores
 from common.metrics import VALID_ANSWERS, auc, gauc, ndcg_at_k, ranks, recall_at_k
 from common.progress import NO_REPORT, Report
 
-Scoring = Literal["likelihood", "generation"]
+Scoring = Literal["likelihood", "calibrated", "generation"]
 CUTS = (1, 3, 10)
 _PHASE = "rank"
 
@@ -64,8 +64,9 @@ def evaluate_rankings(
     for start in range(0, len(fitted), batch_size):
         chosen = fitted[start : start + batch_size]
         own = targets[start : start + batch_size]
-        if scoring == "likelihood":
-            scores = candidate_scores(lm, template, chosen, batch_size)
+        if scoring != "generation":
+            score = calibrated_scores if scoring == "calibrated" else candidate_scores
+            scores = score(lm, template, chosen, batch_size)
             rank_list += [
                 int(ranks(score_I[None], torch.tensor([target]))[0])
                 for score_I, target in zip(scores, own, strict=True)

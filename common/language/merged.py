@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from common.config import LoraSection
 from common.files import replace_folder, storage_errors
-from common.language.adapters import PREFIX, adapted_layers, adapter_tensors, check_adapter
+from common.language.adapters import adapted_layers, adapter_tensors, check_adapter
+from common.language.peft_folder import PREFIX
 from common.models.base import weight_files
 
 if TYPE_CHECKING:

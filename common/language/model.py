@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from common.config import LoraSection
 from common.errors import ModelError
 from common.language.adapters import Adapter, check_adapter
+from common.language.layers import put_lora
 from common.language.vocabulary import find_vocabulary, load_vocabulary
 from common.models.encoder import Precision, use_bf16
 
@@ -84,16 +85,9 @@ class CausalLM:
 
         What was attached before goes first. Raises ModelError where no layer has the modules' names.
         """
-        from peft import LoraConfig, get_peft_model
-
         self.detach()
-        config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes any number
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.modules), task_type="CAUSAL_LM",
-        )  # fmt: skip
         try:
-            self._peft = get_peft_model(self.model, config)
+            self._peft = put_lora(self.model, lora, "CAUSAL_LM")
         except ValueError as err:
             raise ModelError(
                 f"LoRA does not fit this model: {str(err).splitlines()[0]}",

@@ -111,6 +111,10 @@ class Template(Frozen):
             candidates=_lines(section.candidate_item, ranking.candidates),
         )
 
+    def nothing_prompt(self) -> str:
+        """A ranking's prompt without history and candidates."""
+        return self.ranking.prompt.format(history="", candidates="")
+
     def ranking_answer(self, ranking: Ranking) -> str:
         """The first `answer_titles` titles, the relevant one first. Raises DataError without a target."""
         titles = ranking.best_first()

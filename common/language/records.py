@@ -66,6 +66,11 @@ class YesNo:
     answer: bool | None
 
 
+def cut_title(title: str, words: int) -> str:
+    """The first `words` words (0: all), white space collapsed."""
+    return " ".join(title.split()[: words or None])
+
+
 def title_key(title: str) -> str:
     """What two equal titles share: letters without case, white space collapsed."""
     return " ".join(title.split()).casefold()

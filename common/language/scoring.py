@@ -46,6 +46,28 @@ def candidate_scores(
     return found
 
 
+def calibrated_scores(
+    lm: CausalLM, template: Template, rankings: Sequence[Ranking], batch_size: int = 8
+) -> list[Tensor]:
+    """`candidate_scores` less what each title has behind the template without history and candidates.
+
+    So a title gains by what the prompt says for it, not by being likely anywhere (the domain-conditional PMI
+    of Holtzman et al., 2021). Raises DataError as `candidate_scores`.
+    """
+    nothing = template.nothing_prompt()
+    own = [template.candidate_answers(ranking) for ranking in rankings]
+    titles = sorted({answer for answers in own for answer in answers})
+    found = candidate_scores(lm, template, rankings, batch_size)
+    with torch.no_grad():
+        ids = lm.encode_answers(nothing, titles, end=template.answer_titles == 1)
+        (anywhere,) = answer_scores(lm, [lm.encode(nothing)], [ids])
+    known = dict(zip(titles, anywhere.tolist(), strict=True))
+    return [
+        scores - torch.tensor([known[answer] for answer in answers])
+        for scores, answers in zip(found, own, strict=True)
+    ]
+
+
 def candidate_likelihoods(lm: CausalLM, template: Template, rankings: Sequence[Ranking]) -> list[Tensor]:
     """`candidate_scores` of all rankings together, with gradient where grad is enabled."""
     prompts = [template.ranking_prompt(ranking) for ranking in rankings]

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import VectorError
-from server.adapters._read import CONFIG_FILE, Adapter, targeted
+from common.language.peft_folder import CONFIG_FILE, AdapterFolder, targeted
 from server.folders import open_folder
 
 
-def check_base(folder: Path, adapter: Adapter) -> list[str]:
+def check_base(folder: Path, adapter: AdapterFolder) -> list[str]:
     """Refuse an adapter whose layers the base does not have, or has in other shapes.
 
     Returns warnings: layers that `target_modules` names and the adapter lacks. Raises ModelError for a

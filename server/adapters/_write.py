@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from common.errors import ConfigError
 from common.files import replace_folder, sha256_file, storage_errors
+from common.language.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterFolder
 from common.low_rank import LowRank
-from server.adapters._read import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 from server.engine.card import peak_memory_bytes, recipe_toml
 
 MERGE_FILE = "merge.json"
@@ -43,7 +43,7 @@ def check_out(out: Path, folders: Sequence[Path]) -> None:
 
 def write_adapter(
     out: Path,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterFolder],
     updates: Mapping[str, LowRank],
     record: dict[str, Any],
     started_s: float,
@@ -87,7 +87,7 @@ def write_adapter(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _config(adapters: Sequence[AdapterFolder], ranks: Mapping[str, int]) -> dict[str, Any]:
     """The configuration of the merged adapter: that of the first, with its own ranks and a scaling of 1."""
     first = adapters[0].config
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -116,7 +116,7 @@ def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, 
     }
 
 
-def _targeting(adapter: Adapter) -> list[Any]:
+def _targeting(adapter: AdapterFolder) -> list[Any]:
     """What decides which layers are adapted, lists in any order."""
     values = [adapter.config.get(key) for key in _TARGETING]
     return [sorted(value) if isinstance(value, list) else value for value in values]

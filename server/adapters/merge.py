@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, VectorError, suggest
+from common.language.peft_folder import AdapterFolder, read_adapter
 from common.low_rank import LowRank
 from common.models.base import WEIGHTS, model_digest
 from common.progress import NO_REPORT, Report
 from server.adapters._base import check_base
-from server.adapters._read import Adapter, read_adapter
 from server.adapters._write import base_name, check_out, write_adapter
 from server.adapters.rules import AdapterMethod, all_layers, find, resolve
 from server.engine.recipe import LARGEST_WEIGHT
@@ -49,7 +49,7 @@ def merge_adapters(
         raise ConfigError("no adapters to merge", next_step="give at least one")
     by_label = _weights(rule, list(adapters), weights)
     check_out(out, [*adapters.values(), *([base] if base else [])])
-    read: list[Adapter] = []
+    read: list[AdapterFolder] = []
     for label, folder in adapters.items():
         report(phase="read", step=len(read), total=len(adapters))
         read.append(read_adapter(label, folder))
@@ -88,7 +88,7 @@ def merge_adapters(
     return record
 
 
-def check_alike(adapters: Sequence[Adapter], rule: AdapterMethod) -> list[str]:
+def check_alike(adapters: Sequence[AdapterFolder], rule: AdapterMethod) -> list[str]:
     """Refuse adapters of different shapes; of different layers, unless the rule takes them.
 
     A layer that an adapter's own configuration names is missing whatever the rule is. Returns warnings.
@@ -124,7 +124,7 @@ def check_alike(adapters: Sequence[Adapter], rule: AdapterMethod) -> list[str]:
     return warnings
 
 
-def _warnings(adapters: Sequence[Adapter]) -> list[str]:
+def _warnings(adapters: Sequence[AdapterFolder]) -> list[str]:
     first, found = adapters[0], []
     if len(adapters) == 1:
         found.append("one adapter only; the rule is applied to it alone")
@@ -172,7 +172,7 @@ def _weights(rule: AdapterMethod, labels: list[str], weights: Weights) -> dict[s
     return {label: float(weights[label]) for label in labels}
 
 
-def _base(first: Adapter, base: Path | None) -> dict[str, str]:
+def _base(first: AdapterFolder, base: Path | None) -> dict[str, str]:
     named = {"name": base_name(first.base)}
     if base is not None and (base / WEIGHTS).is_file():
         named["digest"] = model_digest(base)

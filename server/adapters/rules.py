@@ -22,11 +22,11 @@ from pydantic import Field
 
 from common.config import validate
 from common.errors import ConfigError, VectorError
+from common.language.peft_folder import AdapterFolder
 from common.low_rank import LowRank, distance, stack, truncate
 from server import merging
 from server.adapters._knots import align
 from server.adapters._lazy import Lazy
-from server.adapters._read import Adapter
 from server.merging import Floats, unknown_name
 from server.merging._models import Options
 
@@ -76,7 +76,7 @@ class Merged:
     errors: dict[str, float]
 
 
-Apply = Callable[[Sequence[Adapter], Sequence[float], Mapping[str, Any]], Iterator[Merged]]
+Apply = Callable[[Sequence[AdapterFolder], Sequence[float], Mapping[str, Any]], Iterator[Merged]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AdapterMethod:
 
 
 def product(
-    adapters: Sequence[Adapter], weights: Sequence[float], options: Mapping[str, Any]
+    adapters: Sequence[AdapterFolder], weights: Sequence[float], options: Mapping[str, Any]
 ) -> Iterator[Merged]:
     """The exact weighted sum of the updates, as an adapter whose rank is the sum of the ranks.
 
@@ -124,7 +124,7 @@ def product(
 
 
 def factors(
-    adapters: Sequence[Adapter], weights: Sequence[float], options: Mapping[str, Any]
+    adapters: Sequence[AdapterFolder], weights: Sequence[float], options: Mapping[str, Any]
 ) -> Iterator[Merged]:
     """A and B averaged separately; needs equal ranks. This is not the sum of the updates.
 
@@ -145,7 +145,7 @@ def factors(
 
 
 def elementwise(
-    adapters: Sequence[Adapter], weights: Sequence[float], options: Mapping[str, Any]
+    adapters: Sequence[AdapterFolder], weights: Sequence[float], options: Mapping[str, Any]
 ) -> Iterator[Merged]:
     """A training-free method on all A and B as if they were a model's tensors; needs equal ranks.
 
@@ -170,7 +170,7 @@ def elementwise(
 
 
 def knots(
-    adapters: Sequence[Adapter], weights: Sequence[float], options: Mapping[str, Any]
+    adapters: Sequence[AdapterFolder], weights: Sequence[float], options: Mapping[str, Any]
 ) -> Iterator[Merged]:
     """The updates rotated into a common basis by one SVD a layer, then merged entry by entry.
 
@@ -268,12 +268,12 @@ def resolve(method: AdapterMethod, options: Mapping[str, Any] | None) -> dict[st
     return resolved | inner.resolve(given)
 
 
-def all_layers(adapters: Sequence[Adapter]) -> list[str]:
+def all_layers(adapters: Sequence[AdapterFolder]) -> list[str]:
     """Every layer that one of the adapters adapts."""
     return sorted({path for adapter in adapters for path in adapter.modules})
 
 
-def _updates(adapters: Sequence[Adapter], path: str) -> list[LowRank]:
+def _updates(adapters: Sequence[AdapterFolder], path: str) -> list[LowRank]:
     """`s_i B_i A_i` of one layer for each adapter, the scaling on A; of rank 0 where it is not adapted."""
     rows, columns = next(a.modules[path].shape for a in adapters if path in a.modules)
     return [
@@ -285,7 +285,7 @@ def _updates(adapters: Sequence[Adapter], path: str) -> list[LowRank]:
 
 
 def _factor_weights(
-    adapters: Sequence[Adapter], path: str, weights: Sequence[float], weighting: str
+    adapters: Sequence[AdapterFolder], path: str, weights: Sequence[float], weighting: str
 ) -> tuple[list[float], list[float]]:
     """What B_i and A_i are multiplied by."""
     roots = [math.sqrt(adapter.modules[path].scaling) for adapter in adapters]
@@ -296,7 +296,7 @@ def _factor_weights(
     return left, [math.copysign(value, w) for value, w in zip(left, weights, strict=True)]
 
 
-def _check_equal_ranks(adapters: Sequence[Adapter], method: str) -> None:
+def _check_equal_ranks(adapters: Sequence[AdapterFolder], method: str) -> None:
     for path, first in adapters[0].modules.items():
         for adapter in adapters[1:]:
             if adapter.modules[path].rank != first.rank:

@@ -19,10 +19,9 @@ _CONFLUENCE = """\
 Weighs the vectors and scales a merge by `rule` so that no domain's model is left behind, then distils.
 
 The weights are those whose merge agrees best with the domains' models on held-back pseudo-users. Then `steps`
-steps move all merged tensors towards the average of each domain's model and the merge. `steps = 0` leaves that
-out, `rounds = 0` the weighing. Needs no labels and no users. Costs `rounds + 5` rankings of the held-back
-pseudo-users, two passes of a model over each catalog, and forward and backward passes: minutes on two cores
-for five catalogs of ten thousand items and 22 million parameters."""
+steps move all merged tensors towards the average of each domain's model and the merge. `steps = 0` leaves
+that out, `rounds = 0` the weighing. No labels and no users are needed. Costs `rounds + 5` rankings of the
+held-back pseudo-users, two passes of a model over each catalog, and `steps` forward and backward passes."""
 _CONFLUENCE_EQUATION = (
     "theta_0 + scale rule(w_d tau_d), then argmin_theta KL(softmax(t / T) || softmax(s / T))"
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,7 @@ from server.engine.cli import parse_options, split_label
 from server.evolution.options import EvolutionOptions
 
 if TYPE_CHECKING:
+    from common.config import LoraSection
     from common.language.adapters import Adapter
     from common.language.model import CausalLM
     from server.evolution.compare import Row
@@ -64,7 +65,7 @@ def evolve(
         from common.language.samples import read_samples
         from server.evolution.compare import METHODS, compare
 
-        lora, adapters = _adapters(named, folder)
+        lora, adapters = _adapters(base, named, folder)
         held_out = read_samples(test) if test else []
 
         def measure(lm: CausalLM) -> dict[str, float]:
@@ -93,8 +94,13 @@ def evolve(
         _show(rows, shown_as)
 
 
-def _adapters(named: Sequence[str], folder: Path | None) -> tuple[Any, dict[str, Adapter]]:
-    """The `[lora]` section that all share, and the adapters by label. Raises ConfigError."""
+def _adapters(
+    base: Path, named: Sequence[str], folder: Path | None
+) -> tuple[LoraSection, dict[str, Adapter]]:
+    """The `[lora]` section that all share, and the adapters by label.
+
+    Raises ConfigError; else as `load_adapter`.
+    """
     from common.language.adapters import is_adapter, load_adapter
 
     found = [(label or Path(path).name, Path(path)) for label, path in map(split_label, named)]
@@ -106,7 +112,7 @@ def _adapters(named: Sequence[str], folder: Path | None) -> tuple[Any, dict[str,
     for label, path in found:
         if label in adapters:
             raise ConfigError(f"two adapters are called {label!r}", next_step="write --adapter LABEL=DIR")
-        sections[label], adapters[label] = load_adapter(path)
+        sections[label], adapters[label] = load_adapter(path, base)
     first = found[0][0]
     for label, section in sections.items():
         if (section.rank, section.alpha) != (sections[first].rank, sections[first].alpha):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.config import LoraSection
 from common.errors import DataError, ModelError
 from common.language.adapters import Adapter
+from common.language.layers import put_layers
 from common.language.model import CausalLM
 from common.language.samples import Sample
 from common.language.scoring import answer_losses
@@ -66,14 +67,14 @@ def tuned_ia3(
 
     Raises DataError for fewer than two samples, ModelError for a model without the layers that it scales.
     """
-    from peft import IA3Config, get_peft_model
+    from peft import IA3Config
 
     lm.detach()
     config = IA3Config(
         target_modules=list(IA3_MODULES), feedforward_modules=list(IA3_FEEDFORWARD), task_type="CAUSAL_LM"
     )
     try:
-        scaled = get_peft_model(lm.model, config)
+        scaled = put_layers(lm.model, config)
     except ValueError as err:
         raise ModelError(f"(IA)3 does not fit this model: {str(err).splitlines()[0]}") from None
     try:

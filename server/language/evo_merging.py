@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from common.errors import ConfigError
+from common.files import sha256_file
 from common.language.samples import read_samples
 from common.models.base import model_digest
 from server.evolution.options import EvolutionOptions
@@ -33,12 +34,26 @@ class MethodOptions(EvolutionOptions, Options):
     """Options of `evo-merging` in a run."""
 
     fitness: Literal["agreement", "entropy", "scoring", "domains"] = "agreement"
-    samples: str = Field("", description="scoring: JSON lines of prompt and answer, on the server")
+    samples: str = Field("", description="scoring: JSON lines of prompt and answer, a file of the server's")
+    samples_sha256: str = Field("", description="of that file; a run fixes it when it is created")
     prompts: int = Field(50, ge=1, description="pseudo-users' prompts, over all domains")
     history_items: int = Field(5, ge=1, description="a pseudo-user's history has one to so many items")
     tokens: int = Field(3, ge=1, le=64, description="entropy: so many first tokens of the answer")
     temperature: float = Field(0.05, gt=0, description="agreement: of both rankings")
     batch_size: int = Field(8, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fix_samples(cls, data: Any) -> Any:
+        """The file by absolute path and digest: a run's samples are those that it was created with."""
+        if not isinstance(data, dict) or not (named := data.get("samples")) or not isinstance(named, str):
+            return data
+        path = Path(named).resolve()
+        read_samples(path)  # so that a bad file is named before anybody trains
+        digest = sha256_file(path)
+        if data.get("samples_sha256", "") not in ("", digest):
+            raise ValueError(f"{path}: changed since the run was created; start another run with it")
+        return {**data, "samples": str(path), "samples_sha256": digest}
 
     @model_validator(mode="after")
     def _check_samples(self) -> MethodOptions:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.catalog import Catalog
 from common.config import InstructionSection
 from common.language.evaluation import fit
 from common.language.model import CausalLM, load_causal
 from common.language.prompts import Template
-from common.language.records import Ranking
+from common.language.records import Ranking, cut_title
 from common.models.device import default_device
 from server.language.registry import AdapterInputs
 from server.learning.prepare import check_catalogs
@@ -18,7 +18,8 @@ from server.learning.prepare import check_catalogs
 
 @dataclass(frozen=True)
 class Ranker:
-    """The run's base model, bare, with its instruction; `catalogs` are those of the domains to ask about."""
+    """The run's base model, bare, with its instruction; `catalogs` are those of the domains to ask about,
+    with titles as prompts show them."""
 
     lm: CausalLM
     template: Template
@@ -32,9 +33,15 @@ class Ranker:
         check_catalogs(dict.fromkeys(names), inputs.catalogs)
         instruction = inputs.config.instruction or InstructionSection()
         lm = load_causal(inputs.base, precision=inputs.config.learning.precision, device=default_device())
-        catalogs = {name: inputs.catalogs[name] for name in names}
+        catalogs = {name: _cut(inputs.catalogs[name], instruction.title_words) for name in names}
         return cls(lm, Template.load(instruction.template), instruction, catalogs)
 
     def fit(self, rankings: Sequence[Ranking], answer_tokens: int = 0) -> list[Ranking]:
         """As `common.language.evaluation.fit`, within the run's `max_prompt_tokens`."""
         return fit(self.lm, self.template, rankings, self.instruction.max_prompt_tokens, answer_tokens)
+
+
+def _cut(catalog: Catalog, words: int) -> Catalog:
+    titles = {name: column for name, column in catalog.attributes.items() if name == "title"}
+    cut = {name: [cut_title(title, words) for title in column] for name, column in titles.items()}
+    return replace(catalog, attributes={**catalog.attributes, **cut})

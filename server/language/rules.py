@@ -16,20 +16,19 @@ import numpy as np
 import torch
 
 from common.config import LoraSection
-from common.language.adapters import PREFIX, Adapter
+from common.language.adapters import Adapter
 from common.language.mixing import layers
+from common.language.peft_folder import PREFIX, AdapterFolder, Module
 from common.low_rank import truncate
 from common.models.weights import WeightEntry
 from server import adapters as local
-from server.adapters._read import Adapter as Read
-from server.adapters._read import Module
 from server.adapters.rules import resolve
 from server.language.registry import METHODS, AdapterInputs, AdapterMethod, AdapterResult
 from server.merging import Floats
 
 
 @dataclass(frozen=True)
-class Held(Read):
+class Held(AdapterFolder):
     """An adapter in memory, as the rules read one from a folder."""
 
     tensors: Mapping[str, torch.Tensor] = None  # type: ignore[assignment]

@@ -60,7 +60,7 @@ def public_adapter(folder: Path, base: Path, lora: LoraSection) -> Adapter:
     """
     from common.language.mixing import cut, rescaled
 
-    section, adapter = load_adapter(folder)
+    section, adapter = load_adapter(folder, base)
     fitted, _ = cut(rescaled(adapter, section, lora), lora.rank)
     check_adapter(fitted, adapter_tensors(base, lora))
     return fitted

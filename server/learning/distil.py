@@ -35,7 +35,7 @@ from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
 from server.learning.losses import ranking_distillation
-from server.learning.prepare import Inputs, histories_of, seen_items, teach, teacher_model
+from server.learning.prepare import Inputs, histories_of, seen_items, teach, teacher_model, tokenized
 from server.learning.pseudo_users import History, Seeds, check_sizes, embed_histories, hold_back
 from server.learning.teachers import (
     DomainTexts,
@@ -43,7 +43,6 @@ from server.learning.teachers import (
     Teacher,
     encode,
     target_scores,
-    tokenize,
     with_vector,
 )
 
@@ -73,7 +72,7 @@ def lessons(
     held back neither begin a history nor are rolled out into one. Raises DataError for a catalog of one item.
     """
     learning, found = inputs.learning, []
-    texts = [tokenize(inputs.encoder, inputs.catalogs[name], inputs.text) for name in inputs.domains]
+    texts = tokenized(inputs)
     sizes = {text.name: len(text) for text in texts}
     check_sizes(sizes, learning)
     held = hold_back(sizes, learning, inputs.seed)

@@ -244,8 +244,19 @@ def test_an_adapter_folder_that_is_no_safetensors(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     load_adapter(tmp_path)
     (tmp_path / ADAPTER).write_bytes(b"\0" * 9)
-    with pytest.raises(VectorError, match="not a safetensors file"):
+    with pytest.raises(ModelError, match="not a well-formed safetensors file"):
         load_adapter(tmp_path)
+
+
+def test_an_adapter_whose_alpha_no_float_can_hold(tmp_path: Path) -> None:
+    for name, content in adapter_files(0).items():
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for value in (10**400, float("nan"), float("inf")):
+        path.write_text(json.dumps({**config, "lora_alpha": value}))
+        with pytest.raises(ModelError, match="lora_alpha: expected a number above 0"):
+            load_adapter(tmp_path)
 
 
 def test_a_line_separator_within_a_sample(tmp_path: Path) -> None:

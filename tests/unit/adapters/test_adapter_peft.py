@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.language.peft_folder import read_adapter
 from common.low_rank import LowRank
 from server.adapters import merge_adapters
-from server.adapters._read import read_adapter
 
 peft = pytest.importorskip("peft", reason="peft is a development dependency")
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import ConfigError, ModelError, VectorError
+from common.language.peft_folder import read_adapter
 from server.adapters import adapter_methods, is_adapter, merge_adapters
-from server.adapters._read import read_adapter
 
 Make = Callable[..., Path]
 QUERY = "base_model.model.encoder.layer.0.query"

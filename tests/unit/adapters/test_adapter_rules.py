@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import VectorError
+from common.language.peft_folder import read_adapter
 from common.low_rank import LowRank, distance, stack, truncate
 from server.adapters import adapter_methods, merge_adapters
 from server.adapters._knots import align
-from server.adapters._read import read_adapter
 
 Dense = dict[str, np.ndarray]
 Make = Callable[..., Path]

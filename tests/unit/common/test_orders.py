@@ -41,6 +41,20 @@ def test_there_and_back() -> None:
     assert order.round == 1
 
 
+def test_no_path_of_the_servers_crosses() -> None:
+    options = {"fitness": "scoring", "samples": "/srv/private/samples.jsonl", "samples_sha256": "c" * 64}
+    data = {
+        "base": {"model": "/srv/private/models/qwen"},
+        "merge": [{"method": "evo-merging", "options": options}],
+        "lora": {},
+        "instruction": {},
+    }
+    envelope = Order(EVALUATE, "r", "toys", RunConfig.model_validate(data), "b" * 64).sign(KEY)
+    found = Order.open(envelope, KEY.public, "toys").config
+    assert found.base.model == "qwen"
+    assert found.merge[0].options == {"fitness": "scoring", "samples_sha256": "c" * 64}
+
+
 def test_another_key() -> None:
     envelope = Order(EVALUATE, "r", "toys", CONFIG, "b" * 64).sign(SigningKey(bytes(32)))
     with pytest.raises(SignatureError):

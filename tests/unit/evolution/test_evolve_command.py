@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from common.catalog import Catalog
 from common.config import InstructionSection, LoraSection, RunConfig
 from common.errors import ConfigError, DataError
+from common.files import sha256_file
 from common.language.adapters import adapter_tensors, check_adapter, load_adapter, save_adapter
 from common.language.samples import read_samples
 from common.progress import NO_REPORT
@@ -81,6 +82,11 @@ def test_the_command_refuses_what_cannot_be(base, adapters, samples, tmp_path):
         found = command(base, samples, tmp_path / "out", *more)
         assert found.exit_code != 0
         assert said in found.output
+    other = build_causal(tmp_path / "other", seed=1)
+    save_adapter(base, LORA, adapters["tea"], tmp_path / "tea", "", base_name=str(other))
+    found = command(base, samples, tmp_path / "out", "--adapter", tmp_path / "tea")
+    assert found.exit_code != 0
+    assert "which is another model than" in found.output
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_samples_that_are_none(tmp_path, text, said):
 
 def catalog(domain):
     titles = [f"{domain} {word}" for word in ("cup", "pot", "lamp", "table", "train", "boat")]
+    titles.append(f"{domain} {'7 ' * 480}")  # cut in prompts
     return Catalog(domain, [f"{n}" for n in range(len(titles))], {"title": titles})
 
 
@@ -136,5 +143,19 @@ def test_a_run_refuses_options_and_inputs_that_do_not_go(base, adapters, samples
     for options in ({"fitness": "scoring"}, {"samples": str(samples)}):
         with pytest.raises(ConfigError, match="go together"):
             check(options)
+    with pytest.raises(ConfigError, match="not a readable"):
+        check({"fitness": "scoring", "samples": str(tmp_path / "absent")})
     with pytest.raises(DataError, match="'toys' has a task vector but no catalog"):
         merge(base, adapters, tmp_path, catalogs=("tea",))
+
+
+def test_samples_are_those_that_the_run_was_created_with(samples, monkeypatch):
+    check = METHODS["evo-merging"].check
+    monkeypatch.chdir(samples.parent)
+    options = check({"fitness": "scoring", "samples": samples.name})
+    assert options["samples"] == str(samples)
+    assert options["samples_sha256"] == sha256_file(samples)
+    assert check(options) == options
+    samples.write_text(samples.read_text() + json.dumps(LINES[0]) + "\n")
+    with pytest.raises(ConfigError, match="changed since the run was created"):
+        check(options)

@@ -12,10 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.config import LoraSection, RunConfig, validate
-from common.errors import ConfigError, ModelError, VectorError
+from common.errors import BaseMismatchError, ConfigError, ModelError, VectorError
 from common.language.adapters import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     Adapter,
     adapter_digest,
     adapter_tensors,
@@ -28,6 +26,7 @@ from common.language.adapters import (
 )
 from common.language.merged import merge_into_base
 from common.language.model import load_causal
+from common.language.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from common.models.base import model_digest, trainable_norm, weight_files
 
 LORA = LoraSection(rank=3, alpha=6.0, modules=("q_proj", "down_proj"))
@@ -137,6 +136,24 @@ def test_another_base_is_refused_by_name(
     with pytest.raises(VectorError, match=r"q_proj|down_proj"):
         save_adapter(wider, LORA, drawn(tiny_causal), tmp_path / "out", "")
     assert not (tmp_path / "out").exists()
+    save_adapter(tiny_causal, LORA, drawn(tiny_causal), tmp_path / "unnamed", "")
+    with pytest.raises(VectorError, match=r"q_proj|down_proj"):
+        load_adapter(tmp_path / "unnamed", wider)
+
+
+def test_another_base_of_the_same_shapes_is_refused_where_it_is_known(
+    tiny_causal: Path, tmp_path: Path
+) -> None:
+    """`tiny` copied is the same base; with other weights it is not."""
+    save_adapter(tiny_causal, LORA, drawn(tiny_causal), tmp_path / "a", "", base_name=str(tiny_causal))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_causal, other)
+    assert load_adapter(tmp_path / "a", other)[0] == LORA
+    tensors = load_file(other / "model.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first] + 1}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="another model than"):
+        load_adapter(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,9 @@ def test_an_output_layer_is_never_adapted(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"target_modules": "all-linear"}, "target_modules"),
+        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+        ({"init_lora_weights": "pissa"}, "changes the base's own weights"),
+        ({"a_new_setting": 1}, "a_new_setting = 1"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused(
@@ -197,9 +217,16 @@ def test_a_damaged_folder_is_refused(tiny_causal: Path, tmp_path: Path) -> None:
     save_adapter(tiny_causal, LORA, drawn(tiny_causal), tmp_path / "a", "")
     path, tensors = tmp_path / "a" / WEIGHTS_FILE, load_file(tmp_path / "a" / WEIGHTS_FILE)
     for said, wrong in {
-        "is missing": without(tensors, NAME.format("A")),
+        r"no tensor '.*q_proj\.lora_A": without(tensors, NAME.format("A")),
         "extra tensor 'strange'": {**tensors, "strange": torch.zeros(1)},
-        "rank 4, expected 3": {**tensors, NAME.format("A"): torch.zeros(4, 32)},
+        r"expected shape \[3, 32\] .* got \[4, 32\]": {
+            **tensors,
+            NAME.format("A"): torch.zeros(4, 32),
+        },
+        "no tensor of the target module 'down_proj'": {
+            name: tensor for name, tensor in tensors.items() if "q_proj" in name
+        },
+        "NaN or infinite": {**tensors, NAME.format("B"): torch.full((32, 3), torch.nan)},
         "no tensors": {},
     }.items():
         save_file(wrong, path)
@@ -210,5 +237,5 @@ def test_a_damaged_folder_is_refused(tiny_causal: Path, tmp_path: Path) -> None:
         load_adapter(tmp_path / "a")
     (tmp_path / "a" / CONFIG_FILE).write_text('{"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}')
     path.touch()
-    with pytest.raises(ConfigError, match="rank"):
+    with pytest.raises(ModelError, match="r: expected a number above 0, got 0"):
         load_adapter(tmp_path / "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def test_adapters_go_in_and_out(lm: Any, tiny_causal: Path, tmp_path: Path) -> N
     assert torch.equal(logits(lm), plain)
     with pytest.raises(ModelError, match="no LoRA layers"):
         lm.set_adapter(adapters[0])
+
+
+def test_libraries_do_not_chatter(lm: Any, tiny_causal: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.attach(LORA, random_adapter(tiny_causal, 1))
 
 
 def test_gradients_reach_the_adapter_alone(lm: Any, tiny_causal: Path) -> None:

@@ -23,7 +23,7 @@ from common.language.cocktail import Cocktail, unlabelled
 from common.language.evaluation import evaluate_rankings
 from common.language.mixing import mix
 from common.language.options import CocktailOptions
-from common.language.prompts import Template
+from common.language.prompts import FOLDER, Template
 from server.language.plots import weights_page
 
 pytestmark = pytest.mark.parametrize("tiny_causal", ["qwen2"], indirect=True)
@@ -137,6 +137,18 @@ def test_an_input_is_not_written_over(
         mixed(tiny_causal, parts, pico_domain, parts["spirit"])
 
 
+def test_only_an_earlier_cocktail_is_replaced(
+    tiny_causal: Path, parts: dict[str, Path], pico_domain: Any, tmp_path: Path
+) -> None:
+    pico_domain.save(tmp_path / "domain")
+    before = sorted(path.name for path in (tmp_path / "domain").iterdir())
+    with pytest.raises(ConfigError, match="exists and is no cocktail"):
+        mixed(tiny_causal, parts, pico_domain, tmp_path / "domain")
+    assert sorted(path.name for path in (tmp_path / "domain").iterdir()) == before
+    made = [mixed(tiny_causal, parts, pico_domain, tmp_path / "out").weights for _ in range(2)]
+    assert made[0] == made[1]
+
+
 def test_the_command(tiny_causal: Path, parts: dict[str, Path], pico_domain: Any, tmp_path: Path) -> None:
     pico_domain.save(tmp_path / "domain")
     folders = {"--domain": tmp_path / "domain", "--out": tmp_path / "out"}
@@ -150,6 +162,29 @@ def test_the_command(tiny_causal: Path, parts: dict[str, Path], pico_domain: Any
     for option, value, said in (("--rule", "sum", "factors or product"), ("--protocol", "cold", "1 prompt")):
         refused = CliRunner().invoke(app, [*given, option, value])
         assert refused.exit_code != 0 and said in refused.output
+    refused = CliRunner().invoke(app, [*given, "--candidates", "1001"])
+    assert refused.exit_code != 0 and "candidates: Input should be less" in refused.output
+
+
+def test_the_command_takes_a_template_of_ones_own(
+    tiny_causal: Path, parts: dict[str, Path], pico_domain: Any, tmp_path: Path
+) -> None:
+    pico_domain.save(tmp_path / "domain")
+    own = (FOLDER / "next.toml").read_text().replace("Which of the candidates", "And which")
+    (tmp_path / "mine.toml").write_text(own)
+    folders = [word for name, folder in parts.items() for word in (f"--{name}", str(folder))]
+    shown: list[Any] = []
+    for template in ("next", str(tmp_path / "mine.toml")):
+        out = tmp_path / Path(template).stem
+        result = CliRunner().invoke(
+            app,
+            ["mix", str(tiny_causal), *folders, "--domain", str(tmp_path / "domain"), "--out", str(out),
+             "--candidates", "4", "--prompts", "6", "--steps", "1", "--device", "cpu", "--template", template,
+             "--format", "json"],
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        shown.append(json.loads(result.stdout)["facts"]["held_back_loss"])
+    assert shown[0] != shown[1]  # other prompts
 
 
 def test_the_rows_of_the_ablation(tiny_causal: Path, lm: Any, pico_domain: Any, tmp_path: Path) -> None:

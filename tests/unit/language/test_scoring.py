@@ -10,11 +10,13 @@ import torch
 
 from common.config import LoraSection
 from common.errors import DataError
+from common.language.evaluation import evaluate_rankings
 from common.language.model import load_causal
 from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 from common.language.scoring import (
     answer_losses,
+    calibrated_scores,
     candidate_scores,
     first_token_entropies,
     generate,
@@ -112,6 +114,21 @@ def test_candidate_scores_are_exact(
             if template is TEMPLATE:
                 answer[-1] = lm.eos_ids[0]
             assert score == pytest.approx(naive_mean(lm, lm.encode(prompt), answer), abs=1e-4)
+
+
+def test_calibrated_scores_take_off_what_a_title_has_anywhere(lm: Any, rankings: list[Ranking]) -> None:
+    plain = candidate_scores(lm, TEMPLATE, rankings)
+    nothing = TEMPLATE.nothing_prompt()
+    assert not any(title in nothing for title in rankings[0].history)
+    for ranking, own, calibrated in zip(
+        rankings, plain, calibrated_scores(lm, TEMPLATE, rankings, 2), strict=True
+    ):
+        for place, title in enumerate(ranking.candidates):
+            answer = [*lm.tokenizer(title)["input_ids"], lm.eos_ids[0]]
+            anywhere = naive_mean(lm, lm.encode(nothing), answer)
+            assert float(own[place] - calibrated[place]) == pytest.approx(anywhere, abs=1e-4)
+    metrics = evaluate_rankings(lm, TEMPLATE, rankings[:2], "calibrated").metrics
+    assert set(metrics) == set(evaluate_rankings(lm, TEMPLATE, rankings[:2]).metrics)
 
 
 def test_half_precision_is_near(tiny_causal: Path, lm: Any, rankings: list[Ranking]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,23 @@ def test_a_prompt_that_no_cut_makes_fit_is_named(qwen2: Path, pico_domain: Any, 
     short = config.instruction.model_copy(update={"max_prompt_tokens": 16})
     with pytest.raises(DataError, match="prompt"):
         fine_tune(pico_domain, qwen2, config.model_copy(update={"instruction": short}), tmp_path)
+
+
+def test_one_endless_title_stops_nobody(qwen2: Path, pico_domain: Any) -> None:
+    """Titles are cut by default; whole ones of one item would stop training where a draw has it."""
+    titles = ["7 " * 490, *pico_domain.attributes["title"][1:]]
+    domain = replace(pico_domain, attributes={**pico_domain.attributes, "title": titles})
+    config = language_config()
+    assert config.instruction is not None
+    whole = config.instruction.model_copy(update={"title_words": 0})
+    lm = load_language(qwen2, config, device="cpu")
+    batches = InstructionBatches(lm, domain, config)
+    assert all(len(batches[step]["prompts"]) == 4 for step in range(6))
+    evaluate_domain(lm, domain, config)
+    user_losses(lm, domain, config)
+    batches = InstructionBatches(lm, domain, config.model_copy(update={"instruction": whole}))
+    with pytest.raises(DataError, match="without history"):
+        [batches[step] for step in range(60)]
 
 
 def test_a_causal_base_needs_its_sections(qwen2: Path, pico_model: Path) -> None:

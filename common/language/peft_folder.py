@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from common.errors import ModelError, VectorError
-from common.files import sha256_bytes, sha256_file
+from common.files import sha256_file
 from common.models.weights import WeightEntry, read_weights
 from common.tensorfile import ITEM_BYTES, Floats, as_float32
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LARGEST = 1e9  # rank or alpha
 SUPPORTED = "supported is plain LoRA on linear layers (no DoRA, no bias, no modules_to_save)"
 
 _TENSOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
@@ -64,7 +65,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFolder:
     """One checked adapter folder; values are read from the file when asked for."""
 
     label: str
@@ -95,7 +96,7 @@ class Adapter:
             return as_float32(file.read(entry.end - entry.start), entry.dtype).reshape(entry.shape)
 
 
-def read_adapter(label: str, folder: Path) -> Adapter:
+def read_adapter(label: str, folder: Path) -> AdapterFolder:
     """The adapter in `folder`, every value looked at once.
 
     Raises ModelError for a folder or setting that is not supported, VectorError naming file and tensor for
@@ -107,10 +108,10 @@ def read_adapter(label: str, folder: Path) -> Adapter:
                 f"{folder}: no {name}",
                 next_step="give a folder that PeftModel.save_pretrained wrote, as safetensors (never pickle)",
             )
-    raw = (folder / CONFIG_FILE).read_bytes()
-    config = _read_config(folder / CONFIG_FILE, raw)
+    config = read_settings(folder)
     modules = _read_modules(folder, config)
-    adapter = Adapter(label, folder, config, modules, sha256_file(folder / WEIGHTS_FILE), sha256_bytes(raw))
+    digests = (sha256_file(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE))
+    adapter = AdapterFolder(label, folder, config, modules, *digests)
     for path, module in modules.items():
         for entry, values in zip((module.B, module.A), adapter.factors(path), strict=True):
             if not np.isfinite(values).all():
@@ -121,11 +122,12 @@ def read_adapter(label: str, folder: Path) -> Adapter:
     return adapter
 
 
-def _read_config(file: Path, raw: bytes) -> dict[str, Any]:
-    """The configuration, refused where it asks for anything but plain LoRA."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder. Raises ModelError where it asks for anything but plain LoRA."""
+    file = folder / CONFIG_FILE
     try:
-        config = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise ModelError(f"{file}: not a JSON object", next_step="obtain the adapter again")
@@ -157,8 +159,8 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
             *((f"{pattern}: {at}", n) for at, n in patterns.items()),
         ):
             whole = key == "lora_alpha" or isinstance(value, int)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not (whole and number and value > 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (whole and number and 0 < value <= LARGEST):  # neither NaN nor what no float can hold
                 raise ModelError(
                     f"{file}: {where}: expected a number above 0, got {value!r}",
                     next_step="mend the configuration",
