@@ -55,15 +55,29 @@ def take_turns(
 
     `clock` is the wall's; `time.process_time` counts the processor's own time, whoever else uses it.
     """
-    seconds: Seconds = {name: [] for name in contenders}
+    return take_turns_by([clock], contenders, repeats, warm_ups=warm_ups, wait=wait)[0]
+
+
+def take_turns_by(
+    clocks: Sequence[Callable[[], float]],
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_ups: int = 1,
+    wait: Callable[[], None] = nothing,
+) -> list[Seconds]:
+    """As `take_turns`, the same calls by each of the clocks."""
+    seconds: list[Seconds] = [{name: [] for name in contenders} for _ in clocks]
     for turn in range(-warm_ups, repeats):
         for name, call in contenders.items():
             wait()
-            started_s = clock()
+            started_s = [clock() for clock in clocks]
             call()
             wait()
+            stopped_s = [clock() for clock in clocks]
             if turn >= 0:
-                seconds[name].append(clock() - started_s)
+                for found, start_s, stop_s in zip(seconds, started_s, stopped_s, strict=True):
+                    found[name].append(stop_s - start_s)
     return seconds
 
 

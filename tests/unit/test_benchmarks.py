@@ -50,7 +50,8 @@ def test_learned_step(tmp_path: Path) -> None:
     assert len(record["steps"]) == 2
     for step in record["steps"]:
         assert all(value > 0 for value in step["seconds"].values())
-        assert all(value > 0 for value in step["ratios"].values())
+        assert all(value > 0 for value in step["processor"].values())
+        assert all(value > 0 for value in [*step["ratios"].values(), *step["processor_ratios"].values()])
 
 
 def test_the_check_of_the_baseline_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +68,13 @@ def test_a_baseline_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: p
     assert row.seconds["reference"] is None
     assert row.ratios()["reference / ours"] is None
     assert row.ratios()["ours / (bare + read)"] is not None
+
+
+def test_a_limit_of_memory_leaves_baselines_out(tmp_path: Path) -> None:
+    model = learned_task.make_model("tiny", tmp_path / "model", "cpu", "fp32")
+    for gib, fits in ((1e-9, False), (1e6, True)):
+        options = learned_step.parse(["--memory-gib", str(gib)])
+        assert (learned_step._short_of_bytes(model, 2, "domain", options) == 0) is fits
 
 
 def test_bf16_vectors_come_in_turn_and_hold_what_fp32_ones_hold(tmp_path: Path) -> None:
