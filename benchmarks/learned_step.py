@@ -8,14 +8,15 @@ the MergeRec objective on 16 one-item pseudo-users, for N task vectors, domain-w
 | ours | `server.learning`: `MergedModel` and the batched loss |
 | reference | baseline: all parameters rebuilt from N dense vectors through autograd (`reference_loop`) |
 | mended | baseline: the same loop with its slices of the flat vector mended |
-| bare | baseline: the same forward and backward pass of the base model, nothing merged, no coefficients |
+| bare | baseline: our forward and backward pass of the base model, nothing merged, no coefficients |
 | read | the N vectors read once; `bare + read` is the floor that a step cannot go below |
 
-Contenders that share memory take turns; medians count, of seconds by the clock and of the processor's (all
-threads): on a machine that others use too, the second says more. The slope is the least-squares line of the
-medians against N. Before anything is timed, the first three are checked on a tiny model in float32: the same
-loss and the same gradients, or the script ends with an error. A baseline that does not fit into memory, or
-into `--memory-gib`, is left out.
+The two loops run the model over a padded batch, with the attention that is the faster one there; ours and
+bare leave padding out (`common.models.packed`). Contenders that share memory take turns; medians count, of
+seconds by the clock and of the processor's (all threads): on a machine that others use too, the second says
+more. The slope is the least-squares line of the medians against N. Before anything is timed, the first three
+are checked on a tiny model in float32: the same loss and the same gradients, or the script ends with an
+error. A baseline that does not fit into memory, or into `--memory-gib`, is left out.
 
     python -m benchmarks.learned_step --size small                   # seconds: shows that it works
     python -m benchmarks.learned_step --size full --out runs/learned_step.json
@@ -82,7 +83,7 @@ def reference(
 ) -> ReferenceLoop:
     """The baseline loop over the same vectors and groups."""
     groups = group_tensors(model.trainable, granularity)
-    return ReferenceLoop(model.encoder, model.base, taus, groups, initial=INITIAL, mended=mended)
+    return ReferenceLoop(model.padded, model.base, taus, groups, initial=INITIAL, mended=mended)
 
 
 def check(folder: Path) -> list[dict[str, Any]]:
