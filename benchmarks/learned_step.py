@@ -170,7 +170,7 @@ def measure(model: Model, name: str, n: int, granularity: Granularity, options: 
     time_turns(calls, options.repeats, 2)
     del ours, bare, calls, flats
     gc.collect()
-    for mended in (False, True):
+    for mended in (False, True) if options.baseline_n is None or n in options.baseline_n else ():
         short = _short_of_bytes(model, n, granularity, options)
         label = "mended" if mended else "reference"
         if short:
@@ -292,6 +292,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--models", type=lambda text: text.split(","), help=f"of {', '.join(get_args(ModelName))}"
     )
     parser.add_argument("--n", type=lambda text: [int(n) for n in text.split(",")], help="as 2,4,8")
+    parser.add_argument(
+        "--baseline-n",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="N at which baselines run too",
+    )
     parser.add_argument("--users", type=int, default=16, help="pseudo-users in the batch")
     parser.add_argument("--items", type=int, help="items of each domain")
     parser.add_argument("--repeats", type=int, help="of ours, bare and read")

@@ -99,6 +99,22 @@ def test_merge_command(tmp_path: Path) -> None:
     assert record["float64_error"] < 1e-6
 
 
+def test_merge_command_against_n(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    given = ["--counts", "2,5", "--methods", "ties", "--work", str(tmp_path), "--out", str(out)]
+    merge_command.main(given)
+    record = json.loads(out.read_text())
+    assert [(row["method"], row["N"]) for row in record["rows"]] == [("ties", 2), ("ties", 5)]
+    assert all(row["peak MB"] > 5 and row["copy / it"] > 0 for row in record["rows"])
+    assert [line["what"] for line in record["slopes"]] == ["processor s", "peak MB"]
+
+
+def test_a_peer_that_writes_nothing_is_found_out(tmp_path: Path) -> None:
+    folders = merge_command.make_folders(merge_command.parse([]), tmp_path)
+    with pytest.raises(AssertionError, match="0 tensors of"):
+        merge_command.check_task_arithmetic(["mkdir", str(tmp_path / "out")], folders, tmp_path / "out")
+
+
 def test_merge_command_large(tmp_path: Path) -> None:
     base = model_folders.make_bert(tmp_path / "base", layers=3, hidden=32, shard_bytes=60_000)
     shards = model_folders.weight_files(base)
