@@ -81,11 +81,16 @@ def take_turns_by(
     return seconds
 
 
-def launch(command: Sequence[str], log: Path) -> Process:
-    """Run the command on one processor with one thread. Raises SystemExit with its output where it fails."""
+def launch(command: Sequence[str], log: Path, *, pinned: bool = True) -> Process:
+    """Run the command with one thread, on one processor. Raises SystemExit with its output where it fails.
+
+    `pinned=False` leaves the choice of processor to the system: for machines on which others work too.
+    """
     launcher = [sys.executable, "-I", "-S", str(ROOT / "benchmarks" / "launch.py")]
-    line = [*launcher, str(log), str(max(os.sched_getaffinity(0))), *command]
+    cpu = str(max(os.sched_getaffinity(0))) if pinned else "any"
+    line = [*launcher, str(log), cpu, *command]
     environment = {**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed command is not compiled at every start
     found = json.loads(subprocess.run(line, check=True, env=environment, stdout=subprocess.PIPE).stdout)
     if found["code"] != 0:
         tail = log.read_text(errors="replace")[-3000:]

@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Folders:
     base: Path
     models: list[Path]
     work: Path
+    pinned: bool = True
 
     @property
     def log(self) -> Path:
@@ -126,7 +127,8 @@ def copy_once(folders: Folders) -> None:
     buffer = memoryview(bytearray(PIECE_BYTES))
     from_base = len(weight_files(folders.base))
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(allowed)})  # where the commands run
+    if folders.pinned:
+        os.sched_setaffinity(0, {max(allowed)})  # where the commands run
     try:
         with (folders.work / "copy").open("wb", buffering=0) as target:
             for number, path in enumerate(folders.inputs):
@@ -140,7 +142,7 @@ def copy_once(folders: Folders) -> None:
 
 def check_task_arithmetic(command: Sequence[str], folders: Folders, out: Path) -> float:
     """Largest error of a merge, ours or theirs, against float64. Raises AssertionError above rounding."""
-    merge_once(command, out, folders.work)
+    merge_once(command, out, folders)
     base, models = _load(folders.base), [_load(model) for model in folders.models]
     found, worst = _load(out), 0.0
     assert found.keys() == base.keys(), f"{len(found)} tensors of {len(base)}"
@@ -154,10 +156,10 @@ def check_task_arithmetic(command: Sequence[str], folders: Folders, out: Path) -
     return worst
 
 
-def merge_once(command: Sequence[str], out: Path, work: Path) -> Process:
+def merge_once(command: Sequence[str], out: Path, folders: Folders) -> Process:
     """One merge into a folder that is not there yet."""
     shutil.rmtree(out, ignore_errors=True)
-    return launch(command, work / "process.log")
+    return launch(command, folders.log, pinned=folders.pinned)
 
 
 def compare(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def compare(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     progress(f"Task Arithmetic agrees with float64: largest error {error:.1e}")
     tiny_base = make_bert(folders.work / "tiny", layers=2, hidden=32)
     tiny_models = [make_copy(tiny_base, folders.work / f"tiny-{seed}", seed) for seed in range(2)]
-    tiny = Folders(tiny_base, tiny_models, folders.work)
+    tiny = Folders(tiny_base, tiny_models, folders.work, folders.pinned)
     model_bytes = sum(path.stat().st_size for path in weight_files(folders.base))
     copied_bytes = model_bytes + sum(path.stat().st_size for path in folders.inputs)
     rows = []
@@ -184,7 +186,7 @@ def compare(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
         calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders)}
         for name, command in lines.items():
             out = peer_out if name == "mergekit" else ours_out
-            calls[name] = partial(_keep, kept[name], command, out, folders.work)
+            calls[name] = partial(_keep, kept[name], command, out, folders)
         copy_s, copy_processor_s = (
             medians(found)["copy"] for found in take_turns_by(CLOCKS, calls, options.repeats)
         )
@@ -207,8 +209,8 @@ class Copied:
     processor_s: float
 
 
-def _keep(kept: list[Process], command: Sequence[str], out: Path, work: Path) -> None:
-    kept.append(merge_once(command, out, work))
+def _keep(kept: list[Process], command: Sequence[str], out: Path, folders: Folders) -> None:
+    kept.append(merge_once(command, out, folders))
 
 
 def _moved_bytes(out: Path) -> int:
@@ -258,11 +260,9 @@ def sweep(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     for method in options.methods:
         for count in options.counts:
             progress(f"{method}, N = {count}")
-            some = Folders(folders.base, folders.models[:count], folders.work)
+            some = replace(folders, models=folders.models[:count])
             command = ours(options.ours, some, method)
-            found = [
-                merge_once(command, folders.work / "ours", folders.work) for _ in range(options.repeats + 1)
-            ]
+            found = [merge_once(command, folders.work / "ours", folders) for _ in range(options.repeats + 1)]
             copies_s = take_turns_by(CLOCKS, {"copy": partial(copy_once, some)}, options.repeats)
             processor_s = statistics.median(p.cpu_seconds for p in found[1:])
             rows.append(
@@ -300,7 +300,7 @@ def large(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
         out = folders.work / "ours"
         command = ours(options.ours, folders, method)
         calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders)}
-        calls["isthmus"] = partial(_keep, kept, command, out, folders.work)
+        calls["isthmus"] = partial(_keep, kept, command, out, folders)
         copy_s = medians(take_turns_by(CLOCKS, calls, 1, warm_ups=int(options.large))[1])["copy"]
         took = kept[-1]
         rows.append(
@@ -341,7 +341,7 @@ def make_folders(options: argparse.Namespace, work: Path) -> Folders:
             continue
         progress(f"making model {number + 1} of {count}")
         models.append(make_copy(base, folder, number))
-    return Folders(base, models, work)
+    return Folders(base, models, work, not options.unpinned)
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -375,6 +375,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ours", type=shlex.split, default=our_command(), help="our command, up to its flags"
     )
+    parser.add_argument("--unpinned", action="store_true", help="on any processor, where others work too")
     parser.add_argument("--large", action="store_true", help="peak memory of a large model in shards")
     parser.add_argument("--large-gb", type=float, default=3.0)
     parser.add_argument("--work", type=Path, help="where folders are made (default: the temporary folder)")
