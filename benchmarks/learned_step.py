@@ -255,6 +255,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     started_s = time.monotonic()
                     rows.append(measure(model, name, n, granularity, options))
                     progress(f"{name}, N = {n}, {granularity}-wise: {time.monotonic() - started_s:.0f} s")
+                    progress(f"processor, s: {rows[-1].processor}")  # for a run that is cut off
             del model
             gc.collect()
     units = [f"{contender}, ms" for contender in CONTENDERS]
