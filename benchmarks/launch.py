@@ -1,6 +1,6 @@
-"""Run one command on one processor and print its seconds and peak memory as JSON; its output goes to LOG.
+"""Run one command on processor CPU ("any": on all) and print its seconds and peak memory as JSON.
 
-    python -I -S launch.py LOG CPU COMMAND...
+    python -I -S launch.py LOG CPU COMMAND...    # the command's output goes to LOG
 
 A process of its own, because Linux lets a child's peak memory begin at that of the process that started it:
 this one is small (some 10 MB), the benchmark is not. Imports nothing outside the standard library.
@@ -14,7 +14,8 @@ import time
 
 def main(log: str, cpu: str, *command: str) -> None:
     """Start, wait, print."""
-    os.sched_setaffinity(0, {int(cpu)})
+    if cpu != "any":
+        os.sched_setaffinity(0, {int(cpu)})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     streams = [(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
     started_s = time.perf_counter()

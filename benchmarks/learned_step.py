@@ -8,12 +8,15 @@ the MergeRec objective on 16 one-item pseudo-users, for N task vectors, domain-w
 | ours | `server.learning`: `MergedModel` and the batched loss |
 | reference | baseline: all parameters rebuilt from N dense vectors through autograd (`reference_loop`) |
 | mended | baseline: the same loop with its slices of the flat vector mended |
-| bare | baseline: the same forward and backward pass of the base model, nothing merged, no coefficients |
+| bare | baseline: our forward and backward pass of the base model, nothing merged, no coefficients |
 | read | the N vectors read once; `bare + read` is the floor that a step cannot go below |
 
-Contenders that share memory take turns; medians count. The slope is the least-squares line of the medians
-against N. Before anything is timed, the first three are checked on a tiny model in float32: the same loss and
-the same gradients, or the script ends with an error. A baseline that does not fit into memory is left out.
+The two loops run the model over a padded batch, with the attention that is the faster one there; ours and
+bare leave padding out (`common.models.packed`). Contenders that share memory take turns; medians count, of
+seconds by the clock and of the processor's (all threads): on a machine that others use too, the second says
+more. The slope is the least-squares line of the medians against N. Before anything is timed, the first three
+are checked on a tiny model in float32: the same loss and the same gradients, or the script ends with an
+error. A baseline that does not fit into memory, or into `--memory-gib`, is left out.
 
     python -m benchmarks.learned_step --size small                   # seconds: shows that it works
     python -m benchmarks.learned_step --size full --out runs/learned_step.json
@@ -52,6 +55,7 @@ from benchmarks.measure import (
     ratio,
     show,
     take_turns,
+    take_turns_by,
     write_record,
 )
 from benchmarks.our_step import INITIAL, BareStep, OurStep, read_once
@@ -79,7 +83,7 @@ def reference(
 ) -> ReferenceLoop:
     """The baseline loop over the same vectors and groups."""
     groups = group_tensors(model.trainable, granularity)
-    return ReferenceLoop(model.encoder, model.base, taus, groups, initial=INITIAL, mended=mended)
+    return ReferenceLoop(model.padded, model.base, taus, groups, initial=INITIAL, mended=mended)
 
 
 def check(folder: Path) -> list[dict[str, Any]]:
@@ -115,18 +119,22 @@ def check(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds of each contender at one N; None where it did not fit into memory."""
+    """Median seconds of each contender at one N; None where it did not fit into memory.
+
+    `seconds`, `fastest` and `slowest` are the clock's, `processor` medians of the processor's.
+    """
 
     model: str
     granularity: str
     n: int
     seconds: dict[str, float | None]
+    processor: dict[str, float | None]
     fastest: dict[str, float]
     slowest: dict[str, float]
 
-    def ratios(self) -> dict[str, float | None]:
+    def ratios(self, *, of_processor: bool = False) -> dict[str, float | None]:
         """The ratios that are reported."""
-        s = self.seconds
+        s = self.processor if of_processor else self.seconds
         floor = (s["bare"] or 0.0) + (s["read"] or 0.0)
         return {
             "reference / ours": ratio(s["reference"], s["ours"]),
@@ -141,7 +149,17 @@ def measure(model: Model, name: str, n: int, granularity: Granularity, options: 
     flats = [flat_P.to(options.device) for flat_P in vectors.flats]
     batch = make_batch(model, n, options.items, options.users)
     wait = torch.cuda.synchronize if options.device == "cuda" else nothing
+    clocks = (time.perf_counter, time.process_time)
     seconds: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
+
+    def time_turns(calls: dict[str, Callable[[], object]], repeats: int, warm_ups: int) -> None:
+        for total, found in zip(
+            (seconds, processor),
+            take_turns_by(clocks, calls, repeats, warm_ups=warm_ups, wait=wait),
+            strict=True,
+        ):
+            total.update(found)
 
     ours, bare = OurStep(model, vectors.taus, granularity, options.vectors), BareStep(model)
     calls: dict[str, Callable[[], object]] = {
@@ -149,30 +167,36 @@ def measure(model: Model, name: str, n: int, granularity: Granularity, options: 
         "bare": partial(bare.step, batch),
         "read": partial(read_once, flats),
     }
-    seconds |= take_turns(calls, options.repeats, warm_ups=2, wait=wait)
+    time_turns(calls, options.repeats, 2)
     del ours, bare, calls, flats
     gc.collect()
-    for mended in (False, True):
-        short = _short_of_bytes(model, n, granularity, options.device)
+    for mended in (False, True) if options.baseline_n is None or n in options.baseline_n else ():
+        short = _short_of_bytes(model, n, granularity, options)
         label = "mended" if mended else "reference"
         if short:
             progress(f"{label} left out: {short / 2**30:.1f} GiB of memory are missing")
             continue
         loop = reference(model, vectors.taus, granularity, mended)
-        seconds |= take_turns({label: partial(loop.step, batch)}, options.baseline_repeats, wait=wait)
+        time_turns({label: partial(loop.step, batch)}, options.baseline_repeats, 1)
         del loop
         gc.collect()
     middle: dict[str, float | None] = dict.fromkeys(CONTENDERS)
+    middle_processor = dict(middle)
     middle.update(medians(seconds))
+    middle_processor.update(medians(processor))
     lows = {contender: min(values) for contender, values in seconds.items()}
     highs = {contender: max(values) for contender, values in seconds.items()}
-    return Row(name, granularity, n, middle, lows, highs)
+    return Row(name, granularity, n, middle, middle_processor, lows, highs)
 
 
-def _short_of_bytes(model: Model, n: int, granularity: Granularity, device: str) -> int:
+def _short_of_bytes(model: Model, n: int, granularity: Granularity, options: argparse.Namespace) -> int:
     """Bytes that a baseline would lack: N vectors, domain-wise as many products, and a few flat vectors."""
     copies = n * (2 if granularity == "domain" else 1) + 6
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    cuda = options.device == "cuda"
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if options.memory_gib is not None:
+        used = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+        free = min(free, int(options.memory_gib * 2**30) - used)
     return max(0, copies * model.values * 4 - int(0.95 * free))
 
 
@@ -196,19 +220,18 @@ def slopes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for model, granularity in dict.fromkeys((row.model, row.granularity) for row in rows):
         mine = [row for row in rows if (row.model, row.granularity) == (model, granularity)]
         for contender in ("ours", "reference", "mended"):
-            points = [(row.n, 1e3 * s) for row in mine if (s := row.seconds[contender]) is not None]
-            if len(points) < 2:
-                continue
-            slope, start = line(*zip(*points, strict=True))
-            found.append(
-                {
-                    "model": model,
-                    "granularity": granularity,
-                    "contender": contender,
-                    "ms_per_vector": slope,
-                    "ms_at_0": start,
-                }
-            )
+            slope: dict[str, Any] = {"model": model, "granularity": granularity, "contender": contender}
+            for clock in ("seconds", "processor"):
+                points = [
+                    (row.n, 1e3 * s) for row in mine if (s := getattr(row, clock)[contender]) is not None
+                ]
+                if len(points) < 2:
+                    continue
+                slope[f"ms_per_vector, {clock}"], slope[f"ms_at_0, {clock}"] = line(
+                    *zip(*points, strict=True)
+                )
+            if len(slope) > 3:
+                found.append(slope)
     return found
 
 
@@ -232,14 +255,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     started_s = time.monotonic()
                     rows.append(measure(model, name, n, granularity, options))
                     progress(f"{name}, N = {n}, {granularity}-wise: {time.monotonic() - started_s:.0f} s")
+                    progress(f"processor, s: {rows[-1].processor}")  # for a run that is cut off
             del model
             gc.collect()
-    steps = [
-        [r.model, r.granularity, r.n, *(s and 1e3 * s for s in r.seconds.values()), *r.ratios().values()]
-        for r in rows
-    ]
     units = [f"{contender}, ms" for contender in CONTENDERS]
-    show("One step, median", ["model", "wise", "N", *units, *rows[0].ratios()], steps)
+    for title, of_processor in (("One step, median", False), ("One step, median of the processor's", True)):
+        steps = []
+        for r in rows:
+            taken = r.processor if of_processor else r.seconds
+            times = [s and 1e3 * s for s in taken.values()]
+            steps.append([r.model, r.granularity, r.n, *times, *r.ratios(of_processor=of_processor).values()])
+        show(title, ["model", "wise", "N", *units, *rows[0].ratios()], steps)
     found = slopes(rows)
     if found:
         show("Cost against N", list(found[0]), [list(slope.values()) for slope in found])
@@ -249,7 +275,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(torch=torch.__version__, threads=options.threads, **limits),
         "options": {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()},
         "checks": checks,
-        "steps": [{**asdict(row), "ratios": row.ratios()} for row in rows],
+        "steps": [
+            {**asdict(row), "ratios": row.ratios(), "processor_ratios": row.ratios(of_processor=True)}
+            for row in rows
+        ],
         "slopes": found,
     }
 
@@ -264,6 +293,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--models", type=lambda text: text.split(","), help=f"of {', '.join(get_args(ModelName))}"
     )
     parser.add_argument("--n", type=lambda text: [int(n) for n in text.split(",")], help="as 2,4,8")
+    parser.add_argument(
+        "--baseline-n",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="N at which baselines run too",
+    )
     parser.add_argument("--users", type=int, default=16, help="pseudo-users in the batch")
     parser.add_argument("--items", type=int, help="items of each domain")
     parser.add_argument("--repeats", type=int, help="of ours, bare and read")
@@ -274,6 +308,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vectors", choices=list(DTYPES), default="fp32", help="how ours keeps them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory-gib", type=float, help="baselines that would exceed it are left out")
     parser.add_argument("--out", type=Path, help="where the record goes, as JSON")
     options = parser.parse_args(arguments)
     for key, value in SIZES[options.size].items():

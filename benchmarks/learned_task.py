@@ -8,6 +8,7 @@ histories of the real catalogs (title, brand, category) have 25 to 45 in four ca
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import AutoModel, BertConfig, PreTrainedModel, RobertaConfig
 
 from common.models.base import WEIGHTS, resolve_base, trainable_tensors
 from common.models.encoder import Encoder, Precision, use_bf16
+from common.models.packed import NAME as PACKED
+from common.models.packed import can_pack
 
 ModelName = Literal["tiny", "minilm", "roberta"]
 
@@ -31,9 +34,14 @@ SHORTEST, LONGEST = 24, 48
 
 @dataclass(frozen=True)
 class Model:
-    """An encoder in evaluation mode, all its parameters by name, and which of them a vector holds."""
+    """An encoder in evaluation mode, all its parameters by name, and which of them a vector holds.
+
+    `encoder` is what the engine uses; `padded` is the same model for the baselines, over padded batches and
+    with plain attention (which is the faster one of transformers' in a training step in bf16).
+    """
 
     encoder: Encoder
+    padded: Encoder
     base: dict[str, Tensor]
     trainable: list[str]
 
@@ -84,16 +92,29 @@ def make_model(name: ModelName, folder: Path, device: str, precision: Precision)
     """The embedded MiniLM, or random weights in `folder`: a RoBERTa of base size, or two layers of 32."""
     if name == "minilm":
         folder = resolve_base("embedded")
-        encoder = Encoder.load(folder, device=device, precision=precision)
+        encoder, padded = (
+            Encoder.load(folder, device=device, precision=precision, for_training=True, packed=packed)
+            for packed in (True, False)
+        )
     else:
         torch.manual_seed(0)
-        model = _roberta_base() if name == "roberta" else _tiny()
+        config = _roberta_base() if name == "roberta" else _tiny()
+        packed = {"attn_implementation": PACKED} if can_pack(config, device) else {}
+        model = AutoModel.from_config(config, **packed)
+        model.pooler = None
         _save(model, folder)
+        plain = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
+        plain.pooler = None
+        plain.load_state_dict(model.to(device).state_dict(), assign=True)  # one memory for both
+        plain.to(device)
         bf16 = use_bf16(precision, device)
-        encoder = Encoder(model.to(device).eval(), None, "mean", bf16=bf16, limit=128)
-    encoder.model.requires_grad_(False)
+        encoder, padded = (
+            Encoder(each.eval(), None, "mean", bf16=bf16, limit=128) for each in (model, plain)
+        )
+    for each in (encoder, padded):
+        each.model.requires_grad_(False)
     base = {key: parameter.detach() for key, parameter in encoder.model.named_parameters()}
-    return Model(encoder, base, [key for key in trainable_tensors(folder) if key in base])
+    return Model(encoder, padded, base, [key for key in trainable_tensors(folder) if key in base])
 
 
 def make_vectors(model: Model, count: int, dtype: torch.dtype, distinct: int = DISTINCT) -> Vectors:
@@ -143,20 +164,19 @@ def _unit(rows: int, dim: int, device: torch.device) -> Tensor:
     return nn.functional.normalize(torch.randn(rows, dim), dim=-1).to(device)
 
 
-def _save(model: RobertaModel | BertModel, folder: Path) -> None:
+def _save(model: PreTrainedModel, folder: Path) -> None:
     """The files of `save_pretrained` that are read here."""
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in model.named_parameters()}, folder / WEIGHTS)
 
 
-def _roberta_base() -> RobertaModel:
-    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-    return RobertaModel(config, add_pooling_layer=False)
+def _roberta_base() -> RobertaConfig:
+    return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
 
 
-def _tiny() -> BertModel:
-    config = BertConfig(
+def _tiny() -> BertConfig:
+    return BertConfig(
         vocab_size=100,
         hidden_size=32,
         num_hidden_layers=2,
@@ -165,4 +185,3 @@ def _tiny() -> BertModel:
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    return BertModel(config, add_pooling_layer=False)

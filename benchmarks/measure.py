@@ -55,23 +55,42 @@ def take_turns(
 
     `clock` is the wall's; `time.process_time` counts the processor's own time, whoever else uses it.
     """
-    seconds: Seconds = {name: [] for name in contenders}
+    return take_turns_by([clock], contenders, repeats, warm_ups=warm_ups, wait=wait)[0]
+
+
+def take_turns_by(
+    clocks: Sequence[Callable[[], float]],
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_ups: int = 1,
+    wait: Callable[[], None] = nothing,
+) -> list[Seconds]:
+    """As `take_turns`, the same calls by each of the clocks."""
+    seconds: list[Seconds] = [{name: [] for name in contenders} for _ in clocks]
     for turn in range(-warm_ups, repeats):
         for name, call in contenders.items():
             wait()
-            started_s = clock()
+            started_s = [clock() for clock in clocks]
             call()
             wait()
+            stopped_s = [clock() for clock in clocks]
             if turn >= 0:
-                seconds[name].append(clock() - started_s)
+                for found, start_s, stop_s in zip(seconds, started_s, stopped_s, strict=True):
+                    found[name].append(stop_s - start_s)
     return seconds
 
 
-def launch(command: Sequence[str], log: Path) -> Process:
-    """Run the command on one processor with one thread. Raises SystemExit with its output where it fails."""
+def launch(command: Sequence[str], log: Path, *, pinned: bool = True) -> Process:
+    """Run the command with one thread, on one processor. Raises SystemExit with its output where it fails.
+
+    `pinned=False` leaves the choice of processor to the system: for machines on which others work too.
+    """
     launcher = [sys.executable, "-I", "-S", str(ROOT / "benchmarks" / "launch.py")]
-    line = [*launcher, str(log), str(max(os.sched_getaffinity(0))), *command]
+    cpu = str(max(os.sched_getaffinity(0))) if pinned else "any"
+    line = [*launcher, str(log), cpu, *command]
     environment = {**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed command is not compiled at every start
     found = json.loads(subprocess.run(line, check=True, env=environment, stdout=subprocess.PIPE).stdout)
     if found["code"] != 0:
         tail = log.read_text(errors="replace")[-3000:]

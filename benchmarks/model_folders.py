@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,12 @@ def make_copy(base: Path, folder: Path, seed: int, scale: float = 0.001) -> Path
             if tensor.dtype == np.float32:
                 tensors[name] = tensor + _normal(generator, tensor.shape, scale)
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    return folder
+
+
+def link_copy(model: Path, folder: Path) -> Path:
+    """Another folder of the same model, whose weight files are hard links."""
+    shutil.copytree(model, folder, copy_function=os.link)
     return folder
 
 

@@ -25,6 +25,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common.errors import DataError, ModelError
 from common.models.base import Pooling, load_tensors, max_tokens, read_entries, read_pooling
+from common.models.packed import NAME as PACKED
+from common.models.packed import Packing, can_pack
 from common.models.weights import FLOAT_DTYPES
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -132,10 +134,12 @@ class Encoder:
         dropout: float | None = None,
         *,
         for_training: bool = False,
+        packed: bool = False,
     ) -> Encoder:
         """Load a model folder, in evaluation mode. `dropout` None keeps the model's own (training only).
 
         `for_training` takes plain attention on the CPU, whose backward pass is the faster one there.
+        `packed` leaves padding out of the computation where the model can (`packed.can_pack`).
         `precision` "auto" computes in bfloat16 where the hardware has it; weights stay float32.
         Raises ModelError where the folder is incomplete or its tensors are not the architecture's.
         """
@@ -151,6 +155,8 @@ class Encoder:
                 if hasattr(config, key):
                     setattr(config, key, dropout)
             attention = {"attn_implementation": "eager"} if for_training and device == "cpu" else {}
+            if packed and can_pack(config, device):
+                attention = {"attn_implementation": PACKED}
             model = AutoModel.from_config(config, dtype=torch.float32, **attention)
         except (OSError, ValueError, KeyError, TypeError) as err:
             reason = str(err).splitlines()[0] if str(err) else type(err).__name__
@@ -181,6 +187,11 @@ class Encoder:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether padding is left out of the computation. Layers then see one row of tokens."""
+        return bool(self.model.config._attn_implementation == PACKED)  # type: ignore[union-attr]
 
     def tokenize_items(self, texts: list[list[str]], max_attribute_tokens: int) -> ItemTokens:
         """Tokenise a catalog: for each item its `"key: value"` strings (`Catalog.texts`).
@@ -232,13 +243,19 @@ class Encoder:
         With `params` the model runs with these tensors in the place of its own of the same name
         (`torch.func.functional_call`), so that gradients reach whatever they were computed from.
         """
-        inputs = {"input_ids": input_ids_BT, "attention_mask": mask_BT}
+        packing = Packing(mask_BT) if self.is_packed else None
+        if packing:
+            inputs = packing.inputs(input_ids_BT, self.model.config)
+        else:
+            inputs = {"input_ids": input_ids_BT, "attention_mask": mask_BT}
         with self._autocast():
             if params is None:
                 output = self.model(**inputs)
             else:
                 output = torch.func.functional_call(self.model, dict(params), args=(), kwargs=inputs)
         hidden_BTE = output.last_hidden_state.float()
+        if packing:
+            hidden_BTE = packing.pad(hidden_BTE[0])
         if self.pooling == "cls":
             pooled_BE = hidden_BTE[:, 0]
         else:

@@ -102,13 +102,14 @@ def load_inputs(
     """
     check_catalogs(taus, catalogs)
     device = default_device()
-    encoder = Encoder.load(base, pooling=pooling, device=device, precision=learning.precision)
+    encoder = Encoder.load(base, pooling=pooling, device=device, precision=learning.precision, packed=True)
     encoder.model.eval().requires_grad_(False)
     common_key = {
         "base": model_digest(base),
         "pooling": pooling,
         "precision": learning.precision,
         "device": device,
+        "packed": encoder.is_packed,
         "attributes": list(text.attributes),
         "max_attribute_tokens": text.max_attribute_tokens,
         "max_seq_len": text.max_seq_len,

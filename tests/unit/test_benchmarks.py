@@ -50,7 +50,8 @@ def test_learned_step(tmp_path: Path) -> None:
     assert len(record["steps"]) == 2
     for step in record["steps"]:
         assert all(value > 0 for value in step["seconds"].values())
-        assert all(value > 0 for value in step["ratios"].values())
+        assert all(value > 0 for value in step["processor"].values())
+        assert all(value > 0 for value in [*step["ratios"].values(), *step["processor_ratios"].values()])
 
 
 def test_the_check_of_the_baseline_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +68,13 @@ def test_a_baseline_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: p
     assert row.seconds["reference"] is None
     assert row.ratios()["reference / ours"] is None
     assert row.ratios()["ours / (bare + read)"] is not None
+
+
+def test_a_limit_of_memory_leaves_baselines_out(tmp_path: Path) -> None:
+    model = learned_task.make_model("tiny", tmp_path / "model", "cpu", "fp32")
+    for gib, fits in ((1e-9, False), (1e6, True)):
+        options = learned_step.parse(["--memory-gib", str(gib)])
+        assert (learned_step._short_of_bytes(model, 2, "domain", options) == 0) is fits
 
 
 def test_bf16_vectors_come_in_turn_and_hold_what_fp32_ones_hold(tmp_path: Path) -> None:
@@ -89,6 +97,22 @@ def test_merge_command(tmp_path: Path) -> None:
         assert row["s"] > 0
         assert 5 < row["peak MB"] < 200  # the process's own: no torch, and nothing of this one
     assert record["float64_error"] < 1e-6
+
+
+def test_merge_command_against_n(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    given = ["--counts", "2,5", "--methods", "ties", "--work", str(tmp_path), "--out", str(out)]
+    merge_command.main(given)
+    record = json.loads(out.read_text())
+    assert [(row["method"], row["N"]) for row in record["rows"]] == [("ties", 2), ("ties", 5)]
+    assert all(row["peak MB"] > 5 and row["copy / it"] > 0 for row in record["rows"])
+    assert [line["what"] for line in record["slopes"]] == ["processor s", "peak MB"]
+
+
+def test_a_peer_that_writes_nothing_is_found_out(tmp_path: Path) -> None:
+    folders = merge_command.make_folders(merge_command.parse([]), tmp_path)
+    with pytest.raises(AssertionError, match="0 tensors of"):
+        merge_command.check_task_arithmetic(["mkdir", str(tmp_path / "out")], folders, tmp_path / "out")
 
 
 def test_merge_command_large(tmp_path: Path) -> None:

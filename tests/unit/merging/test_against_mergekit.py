@@ -64,6 +64,16 @@ class Draws:
         out[...] = taken.reshape(shape)
         return out
 
+    @property
+    def bit_generator(self) -> Draws:
+        return self
+
+    def random_raw(self, count: int) -> np.ndarray:
+        """The same draws as words: two of 32 bits in each, the lower first."""
+        words = np.zeros(2 * count, "<u4")
+        words[: self.left.size] = np.where(self.left > 0, np.uint32(2**32 - 1), np.uint32(0))
+        return words.view("<u8")
+
 
 class WithMasks(InMemory):
     """The vectors, with the masks that mergekit drew in `case`."""
