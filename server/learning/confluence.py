@@ -27,7 +27,6 @@ from common.config import LearningSection, TextSection
 from common.digests import json_digest
 from common.files import write_atomic
 from common.models.base import Pooling
-from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
 from server.learning.balance import Trial, balance
@@ -113,7 +112,7 @@ def confluence(
     found: dict[str, Any] = {"rule": trials[0].agreement, "balanced": best.agreement}
     facts: dict[str, Any] = {"scale": best.scale, "weights": best.weights, "agreement": found}
     if options.steps:
-        distilled = _distil(inputs, vector, base, pooling, options, work, cache, report)
+        distilled = _distil(inputs, vector, options, work, cache, report)
         after = Trial(best.scale, best.weights, judge.score(distilled))
         found["distilled"] = after.agreement
         facts["fallback"] = after.worth <= best.worth
@@ -128,31 +127,19 @@ def confluence(
 
 
 def _distil(
-    inputs: Inputs,
-    start: TaskVector,
-    base: Path,
-    pooling: Pooling | Literal["auto"],
-    options: ConfluenceOptions,
-    work: Path,
-    cache: Path,
-    report: Report,
+    inputs: Inputs, start: TaskVector, options: ConfluenceOptions, work: Path, cache: Path, report: Report
 ) -> TaskVector:
-    learning, device = inputs.learning, inputs.device.type
-    encoder = Encoder.load(
-        base, pooling=pooling, device=device, precision=learning.precision, for_training=True
-    )
-    encoder.model.requires_grad_(False)
     digest = json_digest(
         {
             "version": STATE_VERSION,
             "domains": {name: inputs.key(name, name) for name in inputs.domains},
             "options": options.model_dump(mode="json"),
-            "learning": learning.model_dump(mode="json"),
+            "learning": inputs.learning.model_dump(mode="json"),
             "seed": inputs.seed,
         }
     )
     given = lessons(inputs, start, options.steps, EmbeddingCache(cache), report)
-    distillation = Distillation(inputs, encoder, start, options.steps, options.learning_rate)
+    distillation = Distillation(inputs, start, options.steps, options.learning_rate)
     return distillation.run(given, work / "student.safetensors", digest, report)
 
 

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from common.errors import ModelError
 from common.files import write_atomic
-from common.models.encoder import Encoder
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
 from server.learning.losses import ranking_distillation
@@ -108,8 +107,8 @@ class Distillation:
     moments), and both teachers' embeddings.
     """
 
-    def __init__(self, inputs: Inputs, encoder: Encoder, start: TaskVector, steps: int, rate: float) -> None:
-        self._inputs, self._encoder, self._steps, self._rate = inputs, encoder, steps, rate
+    def __init__(self, inputs: Inputs, start: TaskVector, steps: int, rate: float) -> None:
+        self._inputs, self._steps, self._rate = inputs, steps, rate
         begun = with_vector(inputs.base, start)
         self._params = {name: begun[name].clone().requires_grad_() for name in start}
         self._adam = torch.optim.Adam(self._params.values(), lr=rate, betas=(0.9, 0.99), foreach=True)
@@ -164,11 +163,11 @@ class Distillation:
 
     def _embed(self, ids: list[list[int]]) -> Tensor:
         """[n, E] with gradients, the shorter and the longer half apart: little is spent on padding."""
+        encoder = self._inputs.encoder
         order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
         halves = [half for half in (order[: len(order) // 2], order[len(order) // 2 :]) if half]
         parts = [
-            self._encoder.forward(*self._encoder.batch([ids[place] for place in half]), self._params)
-            for half in halves
+            encoder.forward(*encoder.batch([ids[place] for place in half]), self._params) for half in halves
         ]
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order)] = torch.arange(len(order))
