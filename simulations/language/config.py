@@ -28,6 +28,9 @@ class PretrainingSection(Frozen):
     title_words: int = Field(6, ge=1, description="titles are cut to so many words")
     history: int = Field(5, ge=1, description="titles of a pseudo-user's history, at most")
     candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
+    answers: int = Field(
+        1, ge=1, description="candidates of a prompt that fit, at most; the answer goes on with each"
+    )
     noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
     steps: int = Field(600, ge=1)
     growth: float = Field(
@@ -59,6 +62,12 @@ class TablesSection(Frozen):
     """What the tables of `isthmus language study` compare. Titles are cut as in pretraining."""
 
     test_users: int = Field(500, ge=1, description="of a domain and protocol, at most")
+    train_candidates: int | None = Field(
+        None, ge=2, description="candidates of a prompt that an adapter learns; None: instruction.candidates"
+    )
+    cold_items: float = Field(
+        0.0, ge=0, lt=1, description="share of a domain's items that no sequence but the test has"
+    )
     spirit: str = Field(
         "factors", description="how the base spirit is merged from the other domains' adapters"
     )
