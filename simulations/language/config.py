@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.config import Frozen
-from common.language.options import CocktailOptions
+from common.language.options import CocktailOptions, Rule
 from server.evolution.options import EvolutionOptions
 from simulations.config import SimulationConfig, load_as
 
@@ -74,6 +74,7 @@ class TablesSection(Frozen):
     cocktail: CocktailOptions = Field(
         CocktailOptions(), description="entropy-guided weights; the rule and the seed are the table's"
     )
+    rules: tuple[Rule, ...] = Field(("factors", "product"), min_length=1)
     second_round_samples: int = Field(500, ge=2, description="training prompts of the second round")
     parts: int = Field(
         22, ge=2, description="disjoint parts of each domain's users; an adapter comes of each"

@@ -176,7 +176,7 @@ def _cocktail_column(name: str, protocol: Protocol) -> Make:
         tested = lab.tested(name, protocol)
         rules = {
             f"cocktail {rule}": tables.cocktail.model_copy(update={"rule": rule, "seed": lab.config.run.seed})
-            for rule in ("factors", "product")
+            for rule in tables.rules
         }
 
         def second(start: Adapter) -> Adapter:
