@@ -101,7 +101,8 @@ class InstructionBatches(Dataset[Instructions]):
             prompt = self._template.ranking_prompt(ranking)
             prompts.append(self._lm.encode(prompt))
             answers += self._lm.encode_answers(prompt, [self._template.ranking_answer(ranking)])
-        return {"prompts": prompts, "answers": answers}
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # less padding in each part
+        return {"prompts": [prompts[n] for n in order], "answers": [answers[n] for n in order]}
 
     def _load(self, epoch: int) -> None:
         if epoch != self._epoch:

@@ -1,9 +1,9 @@
 """What a language model says about candidates: likelihoods, losses, entropies, Yes or No, and text.
 
-The prompt runs once; its keys and values are kept and expanded over the answers, so that 30 candidates
-cost one prompt and 30 titles (`answer_scores`). Prompts of a batch are padded on the right, and the padding
-between prompt and answer is masked; positions go on where the prompt ended. So every figure is that of the
-plain computation on prompt and answer alone, up to rounding.
+The prompt runs once, with all its answers behind it, each of which sees the prompt and itself alone, so that
+30 candidates cost one prompt and 30 titles (`answer_scores`). Prompts of a batch are padded on the right;
+positions of an answer go on where the prompt ended. So every figure is that of the plain computation on
+prompt and answer alone, up to rounding.
 
 A candidate's score is the mean log-likelihood a token of the title and of what ends it in an answer, the end
 of the text or of the line: a title that begins another is told from it, and long titles are not worse for
@@ -27,8 +27,7 @@ from common.language.prompts import Template
 from common.language.records import Ranking, YesNo
 
 Ids = list[int]
-ROWS_BYTES = {"cpu": 128 << 20}  # of keys, values and logits that answers take at a time; measured
-_ROWS_BYTES = 1 << 30  # on other devices
+PACKED_TOKENS = 2048  # of answers behind one prompt; with more of them the prompt runs again
 
 
 def candidate_scores(
@@ -79,22 +78,78 @@ def candidate_likelihoods(lm: CausalLM, template: Template, rankings: Sequence[R
 
 
 def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
-    """Mean log-likelihood a token of each answer to each prompt; prompts run once, all together.
+    """Mean log-likelihood a token of each answer to each prompt; all prompts run together.
 
     `answers[n]` are the ids of the answers to prompt `n`. Returns a tensor [answers] for each prompt.
     """
     _check_lengths(lm, prompts, [max(map(len, own)) for own in answers])
-    run = _Prompts(lm, prompts)
-    rows = [(n, answer) for n, own in enumerate(answers) for answer in own]
-    means = torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
-    at_once = max(1, ROWS_BYTES.get(lm.device.type, _ROWS_BYTES) // run.row_bytes(len(rows[order[-1]][1])))
-    for start in range(0, len(order), at_once):
-        chosen = order[start : start + at_once]
-        means[chosen] = run.log_likelihoods(
-            [rows[row][0] for row in chosen], [rows[row][1] for row in chosen]
-        ).cpu()
-    return list(torch.split(means, [len(own) for own in answers]))
+    groups = [(prompt, part) for prompt, own in zip(prompts, answers, strict=True) for part in _parts(own)]
+    found: list[Tensor] = []
+    for start in range(0, len(groups), len(prompts)):
+        found += _packed_scores(lm, *zip(*groups[start : start + len(prompts)], strict=True))
+    parts = iter(found)
+    return [torch.cat([next(parts) for _ in _parts(own)]) for own in answers]
+
+
+def _parts(answers: Sequence[Ids]) -> Iterator[Sequence[Ids]]:
+    """The answers in order, in parts of at most `PACKED_TOKENS` tokens, or of one answer."""
+    begin = tokens = 0
+    for n, answer in enumerate(answers):
+        if n > begin and tokens + len(answer) > PACKED_TOKENS:
+            yield answers[begin:n]
+            begin, tokens = n, 0
+        tokens += len(answer)
+    yield answers[begin:]
+
+
+def _packed_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    """`answer_scores` in one pass."""
+    ids_BT, mask_B1TT, position_BT = _packed(lm, prompts, answers)
+    first = min(map(len, prompts)) - 1
+    logits_BTV = lm.model(
+        input_ids=ids_BT,
+        attention_mask=mask_B1TT,
+        position_ids=position_BT,
+        use_cache=False,
+        logits_to_keep=torch.arange(first, ids_BT.shape[1], device=lm.device),
+    ).logits
+    found = []
+    for logits_TV, prompt, own in zip(logits_BTV, prompts, answers, strict=True):
+        at = len(prompt) - 1 - first  # what follows the prompt, the same for every answer
+        begin_N = torch.tensor([answer[0] for answer in own], device=lm.device)
+        total_N = logits_TV[at].float().log_softmax(dim=0)[begin_N]
+        rest_M = torch.tensor([token for answer in own for token in answer[1:]], device=lm.device).long()
+        logs_M = -torch.nn.functional.cross_entropy(
+            logits_TV[at + 1 : at + 1 + len(rest_M)].float(), rest_M, reduction="none"
+        )
+        length_N = torch.tensor([len(answer) for answer in own], device=lm.device)
+        row_M = torch.repeat_interleave(torch.arange(len(own), device=lm.device), length_N - 1)
+        found.append((total_N.index_add(0, row_M, logs_M) / length_N).cpu())
+    return found
+
+
+def _packed(
+    lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and positions [B, T], and what attention adds [B, 1, T, T]: each prompt with its answers behind it.
+
+    An answer sees the prompt and itself, and its positions go on where the prompt ended; its last token, of
+    which nothing follows, is left out.
+    """
+    rows, parts, places = [], [], []
+    for prompt, own in zip(prompts, answers, strict=True):
+        rows.append(prompt + [token for answer in own for token in answer[:-1]])
+        parts.append([0] * len(prompt) + [n for n, answer in enumerate(own, 1) for _ in answer[:-1]])
+        places.append([*range(len(prompt)), *(len(prompt) + n for one in own for n in range(len(one) - 1))])
+    ids_BT, position_BT = _padded(rows, lm)[0], _padded(places, lm)[0]
+    longest = ids_BT.shape[1]
+    part_BT = torch.tensor([part + [-1] * (longest - len(part)) for part in parts], device=lm.device)
+    seen_BTT = (part_BT[:, None, :] == 0) | (part_BT[:, None, :] == part_BT[:, :, None])
+    seen_BTT &= torch.ones(longest, longest, dtype=torch.bool, device=lm.device).tril()
+    dtype = lm.model.dtype
+    mask_BTT = torch.zeros(seen_BTT.shape, dtype=dtype, device=lm.device)
+    mask_BTT.masked_fill_(~seen_BTT, torch.finfo(dtype).min)
+    return ids_BT, mask_BTT[:, None], position_BT
 
 
 def answer_losses(lm: CausalLM, prompts: Sequence[tuple[str, str]], batch_size: int = 8) -> Tensor:
@@ -234,37 +289,6 @@ class _Prompts:
         ).logits
         self.logits_BV = logits_BTV[torch.arange(len(prompts), device=lm.device), at_B]
 
-    def row_bytes(self, tokens: int) -> int:
-        """Memory of one answer of so many tokens: its keys and values, and its logits twice in float32."""
-        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-        return int(kept // len(self.logits_BV)) + 8 * tokens * int(self.logits_BV.shape[1])
-
-    def log_likelihoods(self, prompt_N: Sequence[int], answers: Sequence[Ids]) -> Tensor:
-        """Mean log-likelihood a token [N] of `answers[n]` after prompt `prompt_N[n]`."""
-        row_N = torch.tensor(list(prompt_N), device=self.lm.device)
-        answer_NT, known_NT = _padded(list(answers), self.lm)
-        logits_NTV = self.logits_BV[row_N][:, None]
-        if answer_NT.shape[1] > 1:
-            going_on_NTV = self.extend(row_N, answer_NT[:, :-1], known_NT[:, :-1])
-            logits_NTV = torch.cat([logits_NTV, going_on_NTV], dim=1)
-        return _mean_log_likelihood(logits_NTV, answer_NT, known_NT)
-
-    def extend(self, row_N: Tensor, ids_NT: Tensor, known_NT: Tensor) -> Tensor:
-        """Logits [N, T, V] of tokens that go on from the prompts `row_N`; `cache` stays as it is."""
-        cache = DynamicCache(
-            [(layer.keys[row_N], layer.values[row_N]) for layer in self.cache.layers],
-            config=self.lm.model.config,
-        )
-        positions_NT = self.length_B[row_N][:, None] + torch.arange(ids_NT.shape[1], device=ids_NT.device)
-        logits_NTV: Tensor = self.lm.model(
-            input_ids=ids_NT,
-            attention_mask=torch.cat([self.mask_BT[row_N], known_NT], dim=1),
-            position_ids=positions_NT,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        return logits_NTV
-
 
 def _greedy(lm: CausalLM, prompts: Sequence[Ids], tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each step the chosen token [B], who had not ended before [B], and the logits [B, V]."""
@@ -291,10 +315,15 @@ def _greedy(lm: CausalLM, prompts: Sequence[Ids], tokens: int) -> Iterator[tuple
 
 
 def _mean_log_likelihood(logits_BTV: Tensor, answer_BT: Tensor, known_BT: Tensor) -> Tensor:
-    logs_BT = -torch.nn.functional.cross_entropy(
-        logits_BTV.float().transpose(1, 2), answer_BT, reduction="none"
+    return (_logs(logits_BTV, answer_BT) * known_BT).sum(dim=1) / known_BT.sum(dim=1)
+
+
+def _logs(logits_BTV: Tensor, answer_BT: Tensor) -> Tensor:
+    """Log-likelihood [B, T] of each token."""
+    losses_N = torch.nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), answer_BT.flatten(), reduction="none"
     )
-    return (logs_BT * known_BT).sum(dim=1) / known_BT.sum(dim=1)
+    return -losses_N.view(answer_BT.shape)
 
 
 def _padded(lists: list[Ids], lm: CausalLM) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.config import Frozen
-from common.language.options import CocktailOptions
+from common.language.options import CocktailOptions, Rule
 from server.evolution.options import EvolutionOptions
 from simulations.config import SimulationConfig, load_as
 
@@ -28,6 +28,9 @@ class PretrainingSection(Frozen):
     title_words: int = Field(6, ge=1, description="titles are cut to so many words")
     history: int = Field(5, ge=1, description="titles of a pseudo-user's history, at most")
     candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
+    answers: int = Field(
+        1, ge=1, description="candidates of a prompt that fit, at most; the answer goes on with each"
+    )
     noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
     steps: int = Field(600, ge=1)
     growth: float = Field(
@@ -59,12 +62,19 @@ class TablesSection(Frozen):
     """What the tables of `isthmus language study` compare. Titles are cut as in pretraining."""
 
     test_users: int = Field(500, ge=1, description="of a domain and protocol, at most")
+    train_candidates: int | None = Field(
+        None, ge=2, description="candidates of a prompt that an adapter learns; None: instruction.candidates"
+    )
+    cold_items: float = Field(
+        0.0, ge=0, lt=1, description="share of a domain's items that no sequence but the test has"
+    )
     spirit: str = Field(
         "factors", description="how the base spirit is merged from the other domains' adapters"
     )
     cocktail: CocktailOptions = Field(
         CocktailOptions(), description="entropy-guided weights; the rule and the seed are the table's"
     )
+    rules: tuple[Rule, ...] = Field(("factors", "product"), min_length=1)
     second_round_samples: int = Field(500, ge=2, description="training prompts of the second round")
     parts: int = Field(
         22, ge=2, description="disjoint parts of each domain's users; an adapter comes of each"

@@ -49,6 +49,7 @@ class LanguageLab:
         self.base, self.folder = base, out / f"seed-{config.run.seed}"
         self.config, self._report = config, report
         self._domains: dict[str, Domain] = {}
+        self.second_rounds: dict[str, Adapter] = {}
 
     @cached_property
     def lm(self) -> CausalLM:
@@ -77,7 +78,8 @@ class LanguageLab:
             domain = Domain.load(prepare_source(self.config, name, self.folder))
             words = self.config.pretraining.title_words
             titles = [cut(title, words) for title in domain.attributes["title"]]
-            self._domains[name] = replace(domain, attributes={**domain.attributes, "title": titles})
+            domain = replace(domain, attributes={**domain.attributes, "title": titles})
+            self._domains[name] = with_cold_items(domain, self.config.tables.cold_items, self.config.run.seed)
         return self._domains[name]
 
     def part(self, name: str, number: int) -> Domain:
@@ -89,10 +91,21 @@ class LanguageLab:
         return domain.with_users(np.sort(np.array_split(order, parts)[number]))
 
     def adapter(self, domain: Domain) -> Adapter:
-        """The adapter fine-tuned on the domain."""
-        fitted = fine_tune(domain, self.base, self.run, self.folder / "fits", self._report)
-        table = crossing_tensors(self.base, self.run)
-        return dict(read_vector(fitted.vector_path, table, self.run.training.vector_codec))
+        """The adapter fine-tuned on the domain, on prompts of `tables.train_candidates`."""
+        candidates = self.config.tables.train_candidates or self.instruction.candidates
+        section = self.instruction.model_copy(update={"candidates": candidates})
+        run = self.run.model_copy(update={"instruction": section})
+        fitted = fine_tune(domain, self.base, run, self.folder / "fits", self._report)
+        table = crossing_tensors(self.base, run)
+        return dict(read_vector(fitted.vector_path, table, run.training.vector_codec))
+
+    def tested(self, name: str, protocol: Protocol) -> list[Ranking]:
+        """Test prompts of a whole domain; with `tables.cold_items`, warm ones have no target that is cold."""
+        domain = self.domain(name)
+        if protocol == "warm" and self.config.tables.cold_items:
+            warm_U = np.isin(domain.test, np.concatenate([*domain.train, domain.valid]))
+            domain = domain.with_users(np.flatnonzero(warm_U))
+        return self.rankings(domain, "test", self.config.tables.test_users, protocol)
 
     def rankings(
         self,
@@ -125,3 +138,24 @@ class LanguageLab:
             return {name: found.metrics[name] for name in ("ndcg@1", "ndcg@3")}
 
         return measured
+
+
+def with_cold_items(domain: Domain, share: float, seed: int) -> Domain:
+    """The domain with a seeded `share` of its items in no training or validation sequence.
+
+    A leave-one-out split of dense data leaves nearly no item cold. Who then has fewer than three items before
+    the test item is left out. A cold item that a user had may be a candidate of that user, as any other.
+    """
+    if not share:
+        return domain
+    cold_I = np.random.default_rng([seed, len(domain.item_ids)]).random(len(domain.item_ids)) < share
+    before = [np.append(train, valid) for train, valid in zip(domain.train, domain.valid, strict=True)]
+    left = [items[~cold_I[items]] for items in before]
+    rows = [row for row, items in enumerate(left) if len(items) > 2]
+    return replace(
+        domain,
+        user_ids=[domain.user_ids[row] for row in rows],
+        train=[left[row][:-1] for row in rows],
+        valid=np.array([left[row][-1] for row in rows], dtype=domain.valid.dtype),
+        test=domain.test[rows],
+    )

@@ -89,7 +89,7 @@ def run_language_study(
     write_atomic(
         out / f"{table}.json", (json.dumps([asdict(cell) for cell in cells], indent=1) + "\n").encode()
     )
-    write_atomic(path, markdown(cells).encode())
+    write_atomic(path, f"{markdown(cells)}\n{gains(cells)}".encode())
     return path
 
 
@@ -131,6 +131,34 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gains(cells: Sequence[Cell]) -> str:
+    """NDCG@1 x 100 over the first row's, paired by column and seed: mean and standard error of the pairs.
+
+    Columns whose names end in the same word, such as `warm`, are taken together.
+    """
+    value = {(cell.row, cell.column, cell.seed): 100 * cell.metrics["ndcg@1"] for cell in cells}
+    first, *rows = dict.fromkeys(cell.row for cell in cells)
+    groups = list(dict.fromkeys(map(_group, cells)))
+    lines = [f"| over {first} | " + " | ".join(groups) + " |", "|" + "---|" * (len(groups) + 1)]
+    for row in rows:
+        shown = []
+        for group in groups:
+            own = [
+                value[row, cell.column, cell.seed] - value[first, cell.column, cell.seed]
+                for cell in cells
+                if cell.row == row and _group(cell) == group
+            ]
+            error = f" +- {np.std(own, ddof=1) / len(own) ** 0.5:.1f}" if len(own) > 1 else ""
+            shown.append(f"{np.mean(own):+.1f}{error} ({len(own)})" if own else "")
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _group(cell: Cell) -> str:
+    last = cell.column.rsplit(" ", 1)[-1]
+    return last if last in PROTOCOLS else cell.column
+
+
 def _spread(metrics: Sequence[dict[str, float]]) -> str:
     first, third = ([100 * each[name] for each in metrics] for name in ("ndcg@1", "ndcg@3"))
     spread = f" ({min(first):.1f} to {max(first):.1f})" if len(first) > 1 else ""
@@ -145,17 +173,18 @@ def _cocktail_column(name: str, protocol: Protocol) -> Make:
         catalogs = {other: lab.domain(other).catalog() for other in lab.names}
         inputs = AdapterInputs(lab.base, lab.lora, adapters, catalogs, lab.run, work, report)
         general = spirit(inputs, tables.spirit, without=name).adapter
-        tested = lab.rankings(domain, "test", tables.test_users, protocol)
+        tested = lab.tested(name, protocol)
         rules = {
             f"cocktail {rule}": tables.cocktail.model_copy(update={"rule": rule, "seed": lab.config.run.seed})
-            for rule in ("factors", "product")
+            for rule in tables.rules
         }
 
         def second(start: Adapter) -> Adapter:
-            samples = lab.samples(domain, "train", tables.second_round_samples)
-            return tune_lora(
-                lab.lm, lab.lora, start, samples, Tuning(epochs=1, seed=lab.config.run.seed), report
-            )[0]
+            if name not in lab.second_rounds:  # the same for both protocols
+                samples = lab.samples(domain, "train", tables.second_round_samples)
+                tuning = Tuning(epochs=1, seed=lab.config.run.seed)
+                lab.second_rounds[name] = tune_lora(lab.lm, lab.lora, start, samples, tuning, report)[0]
+            return lab.second_rounds[name]
 
         measure = lab.measure(tested)
         lab.lm.detach()

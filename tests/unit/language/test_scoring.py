@@ -41,7 +41,7 @@ def test_groups_of_answers_change_nothing(
     lm: Any, rankings: list[Ranking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = candidate_scores(lm, TEMPLATE, rankings)
-    monkeypatch.setattr("common.language.scoring.ROWS_BYTES", {"cpu": 1})
+    monkeypatch.setattr("common.language.scoring.PACKED_TOKENS", 1)
     for own, one_by_one in zip(every, candidate_scores(lm, TEMPLATE, rankings), strict=True):
         torch.testing.assert_close(own, one_by_one)
 

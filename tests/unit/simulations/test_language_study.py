@@ -18,10 +18,11 @@ from common.files import sha256_file
 from common.language.prompts import Template
 from common.language.records import title_key
 from simulations.language.config import LanguageConfig
+from simulations.language.lab import with_cold_items
 from simulations.language.pretrain import END, HeldBack, Pretrainer, pretrain
 from simulations.language.start import co_occurrence
-from simulations.language.study import Cell, markdown, run_language_study
-from simulations.language.text import PseudoUsers, cut, split_catalogs
+from simulations.language.study import Cell, gains, markdown, run_language_study
+from simulations.language.text import PseudoUsers, cut, document, split_catalogs
 
 NAMES = ("beds", "cups")
 KILLED_AT = 5
@@ -51,7 +52,7 @@ def config(make_domain: Callable[..., Any], tmp_path: Path) -> LanguageConfig:
                 "checkpoint_every_steps": 2, "validation_users": 4, "precision": "fp32",
             },
             "tables": {
-                "test_users": 6,
+                "test_users": 6, "cold_items": 0.2, "train_candidates": 3,
                 "cocktail": {"prompts": 6, "steps": 2, "learning_rate": 0.1},
                 "second_round_samples": 4, "parts": 3, "related": 2, "distractors": 1, "pools": [4],
                 "samples": 3,
@@ -124,12 +125,27 @@ def test_a_pseudo_user_wants_what_shares_its_theme(config: LanguageConfig) -> No
     users, rng = PseudoUsers(learned, 6), np.random.default_rng(0)
     themes = [set(group) for group in users.groups()]
     for _ in range(20):
-        ranking = users.ranking(rng, 3, 4, noise=0.0)
+        ranking, _ = users.ranking(rng, 3, 4, noise=0.0)
         target = ranking.candidates[ranking.target or 0]
         own = [theme for theme in themes if {*ranking.history, target} <= theme]
         others = {title for title in ranking.candidates if title != target}
         assert any(not others & theme for theme in own)
         assert Template.load("shelf").ranking_prompt(ranking).endswith(f"- {ranking.history[-1]}\n")
+
+
+def test_an_answer_goes_on_with_what_fits_as_well(config: LanguageConfig) -> None:
+    users, rng, template = PseudoUsers(catalogs(config), 6), np.random.default_rng(0), Template.load("shelf")
+    themes = [set(group) for group in users.groups()]
+    longest = 1
+    for _ in range(20):
+        ranking, fitting = users.ranking(rng, 2, 8, noise=0.0, answers=3)
+        assert ranking.target is not None
+        named = [ranking.candidates[ranking.target], *fitting]
+        longest = max(longest, len(named))
+        assert len(ranking.candidates) == 8 and set(named) <= set(ranking.candidates)
+        assert any({*ranking.history, *named} <= theme for theme in themes)
+        assert document(template, ranking, fitting)[1].split("\n") == [f"- {title}" for title in named]
+    assert longest == 3
 
 
 def test_titles_are_cut_between_words() -> None:
@@ -194,6 +210,33 @@ def test_both_tables_are_made_once(config: LanguageConfig, tmp_path: Path) -> No
         assert {file: file.stat().st_mtime_ns for file in made} == made
     with pytest.raises(ConfigError, match="did you mean 'cocktail'"):
         run_language_study("cocktails", config, model, tmp_path / "out", [0])
+
+
+def test_cold_items_are_in_no_sequence_before_the_test(make_domain: Callable[..., Any]) -> None:
+    domain = make_domain(items=150)
+    cold = with_cold_items(domain, 0.3, 0)
+    seen = np.unique(np.concatenate([*cold.train, cold.valid]))
+    before = np.unique(np.concatenate([*domain.train, domain.valid]))
+    assert 0.5 * len(before) < len(seen) < 0.9 * len(before)
+    assert 0 < np.isin(cold.test, seen, invert=True).sum() < len(cold.test)
+    assert cold.item_ids == domain.item_ids and min(map(len, cold.train)) > 1
+    for row, user in enumerate(cold.user_ids):
+        own = domain.user_ids.index(user)
+        items = [item for item in (*domain.train[own], domain.valid[own]) if item in seen]
+        assert [*cold.train[row], cold.valid[row]] == items and cold.test[row] == domain.test[own]
+    assert with_cold_items(domain, 0.0, 0) is domain
+
+
+def test_gains_are_paired_by_column_and_seed() -> None:
+    cells = [
+        Cell(seed, column, row, {"ndcg@1": value, "ndcg@3": value}, {})
+        for column, base in (("beds warm", 0.1), ("cups warm", 0.4), ("8 of all", 0.0))
+        for seed in (0, 1)
+        for row, value in (("no adapter", base), ("S", base + 0.01 * (1 + 2 * seed)))
+    ]
+    lines = gains(cells).splitlines()
+    assert lines[0] == "| over no adapter | warm | 8 of all |"
+    assert lines[-1] == "| S | +2.0 +- 0.6 (4) | +2.0 +- 1.0 (2) |"
 
 
 def test_a_table_shows_mean_and_spread() -> None:
