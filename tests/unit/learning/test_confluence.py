@@ -127,9 +127,7 @@ def test_distillation_that_agrees_less_is_thrown_away(
     score = Judge.score
 
     def less(judge: Judge, vector: TaskVector) -> dict[str, float]:
-        distilled = (
-            not equal(vector, start.vector) and (tmp_path / "end/confluence/student.safetensors").exists()
-        )
+        distilled = (tmp_path / "end" / "confluence" / "student.safetensors").exists()
         return {name: value * (0.5 if distilled else 1.0) for name, value in score(judge, vector).items()}
 
     monkeypatch.setattr(Judge, "score", less)
