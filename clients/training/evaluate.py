@@ -81,7 +81,7 @@ def evaluate(
     """
     started_s = time.monotonic()
     tokens = domain_tokens(encoder, domain, config.text) if tokens is None else tokens
-    user_U = _draw_users(len(domain.user_ids), max_users or config.evaluation.max_users, config.run.seed)
+    user_U = draw_users(len(domain.user_ids), max_users or config.evaluation.max_users, config.run.seed)
     total = len(tokens) + len(user_U)
     item_IE = _encode_items(encoder, tokens, config.evaluation.batch_size, report, phase, total)
     target_U = (domain.valid if split == "valid" else domain.test)[user_U].astype(np.int64)
@@ -124,7 +124,8 @@ def _encode_items(
     return item_IE
 
 
-def _draw_users(users: int, limit: int | None, seed: int) -> npt.NDArray[np.int64]:
+def draw_users(users: int, limit: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Which of so many users are evaluated, sorted: all, or a seeded draw of `limit`. Row numbers [U]."""
     if limit is None or limit >= users:
         return np.arange(users)
     return np.sort(np.random.default_rng([seed, users]).choice(users, size=limit, replace=False))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from clients.data.domain import Domain
 from clients.training.dataset import data_digest
-from clients.training.evaluate import evaluate
+from clients.training.evaluate import draw_users, evaluate
 from clients.training.fit import fine_tune, load_encoder
 from common.config import RunConfig
 from common.digests import json_digest, vector_digest
@@ -46,7 +46,7 @@ class Lab:
         self._newest: tuple[object, TaskVector | None] = ("", None)
 
     def ranks(self, cell: Cell) -> Ranks:
-        """The rank (1 = best) of every test user's item, in the order of the domain's users: [U].
+        """The rank (1 = best) of the item of every user that is tested, in the order of the users: [U].
 
         Raises as fine-tuning, merging and evaluation do.
         """
@@ -63,6 +63,11 @@ class Lab:
         }
         path = self._folder / "ranks" / cell.domain / f"{json_digest(key)[:24]}.npy"
         return kept(path, lambda: self._evaluate(tau, domain))
+
+    def tested(self, name: str) -> Ranks:
+        """Which users of the domain `ranks` has, in its order: row numbers [U]."""
+        users = len(self.domain(name).user_ids)
+        return draw_users(users, self._run.evaluation.max_users, self._run.run.seed)
 
     def domain(self, name: str) -> Domain:
         """The prepared domain."""

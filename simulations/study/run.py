@@ -90,15 +90,17 @@ def shown(out: Path, main: str = PHASE) -> Iterator[Report]:
 
 
 def _lengths(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
-    """Items in the history of every test user, the validation item among them."""
-    return {name: np.array([len(items) + 1 for items in lab.domain(name).train]) for name in names}
+    """Items in the history of every user that is tested, the validation item among them."""
+    return {
+        name: np.array([len(lab.domain(name).train[user]) + 1 for user in lab.tested(name)]) for name in names
+    }
 
 
 def _popularity(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
-    """How often the item that every test user looks for is in the training histories."""
+    """How often the item that every user who is tested looks for is in the training histories."""
     found = {}
     for name in names:
         domain = lab.domain(name)
         counts_I = np.bincount(np.concatenate(domain.train), minlength=len(domain.item_ids))
-        found[name] = counts_I[domain.test].astype(np.int64)
+        found[name] = counts_I[domain.test[lab.tested(name)]].astype(np.int64)
     return found

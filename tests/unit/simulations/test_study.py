@@ -163,6 +163,14 @@ def test_a_whole_table_twice(config: SimulationConfig, tmp_path: Path, monkeypat
     assert ", weight-averaging" not in sliced
 
 
+def test_slices_of_some_users(config: SimulationConfig, tmp_path: Path) -> None:
+    fewer = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"max_users": 25})})
+    sliced = run.run_study("slices", fewer, tmp_path / "study", [0]).read_text()
+    assert sliced.count("fine-tuned | 100.0 | 100.0") == 1
+    lab = Lab(fewer, tmp_path / "study")
+    assert len(lab.tested("tea")) == 25
+
+
 def test_another_source_of_a_domain_is_not_taken_for_the_first(
     config: SimulationConfig, tmp_path: Path
 ) -> None:
