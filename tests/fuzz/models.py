@@ -114,8 +114,8 @@ def _fuzzed_file(files: dict[str, bytes], fuzzed: str, *, adapter: bool) -> Make
         _write(folder / "given", files)
         models = tuple(ModelEntry(folder / name, name) for name in ("given", "other"))
         method = "product" if adapter else "weight-averaging"
-        recipe = Recipe(models, method, folder / "out", folder / "base", dtype="float32")
-
+        dtype = "base" if adapter else "fp32"  # adapters merge in float32, whatever the base has
+        recipe = Recipe(models, method, folder / "out", folder / "base", dtype=dtype)
         found = _product if adapter else _whole
 
         def read(data: bytes) -> None:
