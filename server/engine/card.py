@@ -27,9 +27,10 @@ apply to the result, and what a model has learned of its training data may be in
 def method_facts(name: str, method: Method | None) -> dict[str, str]:
     """Name, paper and equation; `method` is None for a learned one."""
     if method is None:
+        from server.engine.explain import explain
         from server.merge import LEARNED_PAPERS
 
-        return {"method": name, "paper": LEARNED_PAPERS[name], "equation": "tau = sum_d lambda_d tau_d"}
+        return {"method": name, "paper": LEARNED_PAPERS[name], "equation": explain(name)[0].equation}
     return {"method": method.name, "paper": method.paper, "equation": method.equation}
 
 

@@ -20,7 +20,7 @@ Weighs the vectors and scales a merge by `rule` so that no domain's model is lef
 
 The weights are those whose merge agrees best with the domains' models on held-back pseudo-users. Then `steps`
 steps move all merged tensors towards the average of each domain's model and the merge. `steps = 0` leaves
-that out, `rounds = 0` the weighing. No labels and no users are needed. Costs `rounds + 5` rankings of the
+that out, `rounds = 0` the weighing. No labels and no users are needed. Costs `rounds + 6` rankings of the
 held-back pseudo-users, two passes of a model over each catalog, and `steps` forward and backward passes."""
 _CONFLUENCE_EQUATION = (
     "theta_0 + scale rule(w_d tau_d), then argmin_theta KL(softmax(t / T) || softmax(s / T))"

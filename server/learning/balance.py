@@ -23,7 +23,7 @@ from math import exp, log
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
 
-SCALES = (1.0, 0.7, 1.4, 2.0)
+SCALES = (1.0, 0.7, 1.4, 2.0, 2.8)
 RATE = 3.0
 FLOOR = 1e-3  # an agreement of zero would make every trial equal
 
@@ -51,7 +51,7 @@ def balance(
     """The best merge that was tried, how it was made, and all trials in order.
 
     `rule` merges vectors (domain -> vector), `score` says how a merged vector agrees with each domain. With
-    `rounds` 0 the rule is taken as it is: one trial. Time: `rounds + 1` merges and `rounds + 4` scores.
+    `rounds` 0 the rule is taken as it is: one trial. Time: `rounds + 1` merges and `rounds + 5` scores.
     """
     trials: list[Trial] = []
     vectors: dict[int, TaskVector] = {}  # of the best trial alone
