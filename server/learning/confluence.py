@@ -8,7 +8,8 @@
    than the balanced merge does, by the geometric mean over domains; else the result is the balanced merge.
 
 Each part can be switched off: `rounds = 0` takes the rule as it is, `steps = 0` leaves distillation out. No
-user's data are read anywhere. Everything is kept in a work folder; a killed merge goes on from there.
+user's data are read anywhere. Embeddings and the state of distillation are kept: a killed merge tries the
+weights again, with the embeddings that are there, and goes on distilling where it was.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def confluence(
     """Merge `taus` (domain -> vector) on the base model in folder `base`, on CUDA where there is one.
 
     Of `learning` the temperatures, the share that is held back (a tenth where it is 0) and the precision
-    count; the rest is in `options`. `work` keeps the progress, `cache` embeddings that other methods of the
-    run can share. Raises VectorError, DataError, ConfigError for bad input, ModelError when a loss is not
-    finite.
+    count; the rest is in `options`. `work` keeps the state of distillation, `cache` embeddings that other
+    methods of the run can share. Raises VectorError, DataError, ConfigError for bad input, ModelError when a
+    loss is not finite.
     """
     started_s = time.monotonic()
     changes = {

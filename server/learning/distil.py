@@ -65,10 +65,11 @@ class Lesson:
 def lessons(
     inputs: Inputs, start: TaskVector, steps: int, store: EmbeddingCache, report: Report = NO_REPORT
 ) -> list[Lesson]:
-    """Every domain's pseudo-users for so many steps, with both teachers' embeddings (kept in `store`).
+    """Every domain's pseudo-users for so many steps, and both teachers' embeddings of them.
 
-    Time: two passes over each catalog, and some `history_length + 2` over the pseudo-users. Items that are
-    held back neither begin a history nor are rolled out into one. Raises DataError for a catalog of one item.
+    `store` keeps those of the own models. Time: two passes over each catalog, and some `history_length + 2`
+    over the pseudo-users. Items that are held back neither begin a history nor are rolled out into one.
+    Raises DataError for a catalog of one item.
     """
     learning, found = inputs.learning, []
     texts = tokenized(inputs)
