@@ -69,9 +69,10 @@ class Draws:
         return self
 
     def random_raw(self, count: int) -> np.ndarray:
-        """The same draws as words: two of 32 bits in each, the lower first."""
-        words = np.zeros(2 * count, "<u4")
-        words[: self.left.size] = np.where(self.left > 0, np.uint32(2**32 - 1), np.uint32(0))
+        """The same draws as words of eight bytes each: 0 or 255, which are never the border."""
+        words = np.zeros(8 * count, np.uint8)
+        left = self.left[: words.size]
+        words[: left.size] = 255 * (left > 0)
         return words.view("<u8")
 
 

@@ -45,7 +45,7 @@ def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
 
 
 def uniform(taus: Named, label: str, name: str, seed: int) -> np.ndarray:
-    """The numbers that `label` draws for a tensor of one block: the rule that makes a seed reproducible."""
+    """The numbers of DELLA that `label` draws for a tensor of one block, which make a seed reproducible."""
     tau = taus[label][name]
     block = Block(name, tau.shape, 0, tau.reshape(1, -1), [label])
     return block.random(seed, 0).random(tau.size, dtype=np.float32).reshape(tau.shape)
@@ -69,10 +69,24 @@ def agreeing(values: list[float]) -> float:
     return sum(same) / len(same) if same else 0.0
 
 
+def drawn(taus: Named, label: str, name: str, keep: float, seed: int) -> np.ndarray:
+    """Dropping's numbers in [0, 1), 24 bits each; the lower 16 where the upper byte decides are left at 0."""
+    tau = taus[label][name]
+    bits = Block(name, tau.shape, 0, tau.reshape(1, -1), [label]).random(seed, 0).bit_generator
+    upper = [byte for word in bits.random_raw(-(-tau.size // 8)) for byte in int(word).to_bytes(8, "little")]
+    tied = [place for place, byte in enumerate(upper[: tau.size]) if byte == int(keep * 256)]
+    words = bits.random_raw(-(-len(tied) // 4))
+    halves = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    lower = dict(zip(tied, halves, strict=False))
+    values = [(upper[place] * 2**16 + lower.get(place, 0)) / 2**24 for place in range(tau.size)]
+    return np.array(values).reshape(tau.shape)
+
+
 def naive_dare(taus: Named, p: float, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    keep = float(np.float32(1 - p))
     return {
         label: {
-            name: np.where(uniform(taus, label, name, seed) < np.float32(1 - p), values / (1 - p), 0.0)
+            name: np.where(drawn(taus, label, name, keep, seed) < keep, values / (1 - p), 0.0)
             for name, values in tau.items()
         }
         for label, tau in as_double(taus).items()
@@ -92,6 +106,16 @@ def test_dare_against_float64(p: float, count: int) -> None:
         merged("dare-ties", taus, {"p": p, "lambda": 0.7, "seed": 5}),
         by_position(parts, lambda values: 0.7 * agreeing(values)),
     )
+
+
+def test_entries_on_the_border_are_decided_by_more_bits() -> None:
+    taus = draw(2, shapes={"w": (50, 60)})
+    parts = naive_dare(taus, 0.6, seed=1)  # 0.4 of 256 is no whole number: one entry of 256 is on the border
+    tied = [drawn(taus, label, "w", 0.4, 1) * 2**24 % 2**16 > 0 for label in taus]
+    kept = [part["w"] != 0 for part in parts.values()]
+    assert all(0 < (t & k).sum() < t.sum() for t, k in zip(tied, kept, strict=True))
+    expected = by_position(parts, sum)
+    assert_same(merged("dare", taus, {"p": 0.6, "lambda": 1.0, "seed": 1}), expected)
 
 
 def test_dare_keeps_the_share_it_says_and_the_mean() -> None:
