@@ -52,6 +52,8 @@ def study_command(
     config: Annotated[Path, typer.Argument(help="a simulation's configuration, TOML")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is there already is not made again")],
     seeds: Annotated[str, typer.Option(help="instead of run.seed; each draws its own users")] = "0,1,2",
+    merges: Annotated[str, typer.Option(help="labels of the merges to compare; empty: all")] = "",
+    domains: Annotated[str, typer.Option(help="domains that the table is about; empty: all")] = "",
 ) -> None:
     """Fine-tune, merge and evaluate in this process, and print one table with its uncertainty."""
     from simulations.config import load_simulation
@@ -59,7 +61,15 @@ def study_command(
 
     numbers = seed_numbers(seeds)
     with shown(out) as report:
-        path = run_study(table, load_simulation(config), out, numbers, report)
+        path = run_study(
+            table,
+            load_simulation(config),
+            out,
+            numbers,
+            report,
+            merges=_words(merges),
+            domains=_words(domains),
+        )
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"table: {path}")
 
@@ -80,7 +90,12 @@ def attacks_command(
     if seed is not None:
         loaded = loaded.model_copy(update={"run": loaded.run.model_copy(update={"seed": seed})})
     with shown(out, "attacks") as report:
-        paths = run_attacks(loaded, out, [name for name in only.split(",") if name], report)
+        paths = run_attacks(loaded, out, _words(only), report)
     for path in paths:
         typer.echo(path.read_text(encoding="utf-8"))
         typer.echo(f"table: {path}")
+
+
+def _words(listed: str) -> list[str]:
+    """What stands between the commas."""
+    return [word.strip() for word in listed.split(",") if word.strip()]

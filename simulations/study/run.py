@@ -19,27 +19,36 @@ from simulations.config import SimulationConfig
 from simulations.live import Progress
 from simulations.study.lab import Lab, Ranks
 from simulations.study.score import Rows, as_json, markdown, score, slices
-from simulations.study.tables import TABLES, compared_with
+from simulations.study.tables import TABLES, compared_with, narrowed
 
 PHASE = "study"
 
 
 def run_study(
-    table: str, config: SimulationConfig, out: Path, seeds: Sequence[int], report: Report = NO_REPORT
+    table: str,
+    config: SimulationConfig,
+    out: Path,
+    seeds: Sequence[int],
+    report: Report = NO_REPORT,
+    *,
+    merges: Sequence[str] = (),
+    domains: Sequence[str] = (),
 ) -> Path:
     """Make the table in the folder `out`, which keeps all that it is made of; returns the Markdown's path.
 
-    Progress is told as one cell after another, in phase `PHASE`. Raises ConfigError, and what fine-tuning,
-    merging and evaluation raise.
+    merges, domains: rows by the labels of `[[merge]]`, and what the table is about; empty is all. Progress
+    is told as one cell after another, in phase `PHASE`. Raises ConfigError, and what fine-tuning, merging
+    and evaluation raise.
     """
     if table not in TABLES:
         raise ConfigError(f"unknown table {table!r}", next_step=suggest(table, TABLES))
     if not seeds:
         raise ConfigError("no seeds", next_step="name at least one")
+    config, about = narrowed(config, merges, domains)
     for method in config.merge:
         check_method(method)
     started_s = time.monotonic()
-    cells = TABLES[table](config)
+    cells = TABLES[table](config, about)
     found: list[Rows] = []
     labs = []
     for seed in seeds:
@@ -53,10 +62,9 @@ def run_study(
         labs.append(lab)
     report(phase=PHASE, step=len(seeds) * len(cells), total=len(seeds) * len(cells))
     if table == "slices":
-        names = [source.name for source in config.domain]
         lengths, popularity = (
-            [_lengths(lab, names) for lab in labs],
-            [_popularity(lab, names) for lab in labs],
+            [_lengths(lab, about) for lab in labs],
+            [_popularity(lab, about) for lab in labs],
         )
         found = slices(found, lengths, popularity)
     k = config.evaluation.k
@@ -65,6 +73,7 @@ def run_study(
         "schema": 1,
         "table": table,
         "seeds": list(seeds),
+        "domains": about,
         "config": config.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started_s, 1),
         "rows": as_json(scored),

@@ -1,4 +1,7 @@
-"""What each table compares, as cells: a row's model, evaluated on the test users of one domain."""
+"""What each table compares, as cells: a row's model, evaluated on the test users of one domain.
+
+A table is about some of the configuration's domains (`about`); the others take part in its merges.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.config import MergeMethod
-from common.errors import ConfigError
+from common.errors import ConfigError, suggest
 from server.results import FINE_TUNED, ZERO_SHOT
 from simulations.config import SimulationConfig
 
@@ -31,30 +34,29 @@ class Cell:
     method: MergeMethod | None = None
 
 
-def methods(config: SimulationConfig) -> list[Cell]:
+def methods(config: SimulationConfig, about: Sequence[str]) -> list[Cell]:
     """Every `[[merge]]` of the configuration, all domains merged; beside zero-shot and fine-tuned."""
-    names = _names(config)
-    everyone = tuple(Member(name) for name in names)
-    return _references(names) + [
-        Cell(method.label, name, everyone, method) for method in config.merge for name in names
+    everyone = tuple(map(Member, _names(config)))
+    return _references(about) + [
+        Cell(method.label, name, everyone, method) for method in config.merge for name in about
     ]
 
 
-def unseen(config: SimulationConfig) -> list[Cell]:
+def unseen(config: SimulationConfig, about: Sequence[str]) -> list[Cell]:
     """Each domain under a merge of the others, which never saw it."""
     names = _names(config)
-    return _references(names) + [
+    return _references(about) + [
         Cell(method.label, name, tuple(Member(other) for other in names if other != name), method)
-        for name in names
+        for name in about
         for method in config.merge
     ]
 
 
-def scarce(config: SimulationConfig) -> list[Cell]:
+def scarce(config: SimulationConfig, about: Sequence[str]) -> list[Cell]:
     """Each domain when it has a share of its users alone: its own model, and its merge with the others."""
     names = _names(config)
-    cells = _references(names)
-    for name in names:
+    cells = _references(about)
+    for name in about:
         for share in SHARES:
             own = Member(name, share)
             merged = tuple(own if other == name else Member(other) for other in names)
@@ -65,15 +67,16 @@ def scarce(config: SimulationConfig) -> list[Cell]:
     return cells
 
 
-def count(config: SimulationConfig) -> list[Cell]:
-    """The first domain of the configuration under merges of the first 2, 3, ... domains."""
+def count(config: SimulationConfig, about: Sequence[str]) -> list[Cell]:
+    """Each domain under merges of it and the next 1, 2, ... domains of the configuration, round about."""
     names = _names(config)
-    cells = _references(names[:1])
+    cells = _references(about)
     for number in range(2, len(names) + 1):
-        members = tuple(Member(name) for name in names[:number])
-        cells += [
-            Cell(f"{method.label}, {number} domains", names[0], members, method) for method in config.merge
-        ]
+        for name in about:
+            first = names.index(name)
+            merged = {names[(first + place) % len(names)] for place in range(number)}
+            members = tuple(Member(other) for other in names if other in merged)
+            cells += [Cell(f"{m.label}, {number} domains", name, members, m) for m in config.merge]
     return cells
 
 
@@ -86,7 +89,7 @@ def compared_with(table: str, row: str) -> str:
     return ZERO_SHOT if table in ("unseen", "count", "scarce") else "weight-averaging"
 
 
-TABLES: Mapping[str, Callable[[SimulationConfig], Sequence[Cell]]] = {
+TABLES: Mapping[str, Callable[[SimulationConfig, Sequence[str]], Sequence[Cell]]] = {
     "methods": methods,
     "slices": methods,  # the same models, by history length and by popularity of the item
     "unseen": unseen,
@@ -95,11 +98,26 @@ TABLES: Mapping[str, Callable[[SimulationConfig], Sequence[Cell]]] = {
 }
 
 
+def narrowed(
+    config: SimulationConfig, merges: Sequence[str], domains: Sequence[str]
+) -> tuple[SimulationConfig, list[str]]:
+    """The configuration with the `[[merge]]` labels that are named, and the domains a table is about.
+
+    None named means all. Raises ConfigError with the nearest known name.
+    """
+    labels, names = [method.label for method in config.merge], _names(config)
+    for what, chosen, known in (("merge", merges, labels), ("domain", domains, names)):
+        for name in chosen:
+            if name not in known:
+                raise ConfigError(f"no {what} {name!r} in the configuration", next_step=suggest(name, known))
+    kept = tuple(method for method in config.merge if not merges or method.label in merges)
+    return config.model_copy(update={"merge": kept}), [n for n in names if not domains or n in domains]
+
+
 def _names(config: SimulationConfig) -> list[str]:
-    names = [source.name for source in config.domain]
     if not config.merge:
         raise ConfigError("no [[merge]] to study", next_step="name at least one method")
-    return names
+    return [source.name for source in config.domain]
 
 
 def _references(names: Sequence[str]) -> list[Cell]:

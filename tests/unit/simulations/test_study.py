@@ -45,20 +45,43 @@ def two_methods() -> SimulationConfig:
 
 
 def test_an_unseen_domain_is_in_no_merge_that_is_tried_on_it() -> None:
-    cells = [cell for cell in TABLES["unseen"](two_methods()) if cell.method is not None]
+    cells = [cell for cell in TABLES["unseen"](two_methods(), NAMES) if cell.method is not None]
     assert len(cells) == 6
     assert all({m.domain for m in cell.members} == set(NAMES) - {cell.domain} for cell in cells)
 
 
 def test_only_the_scarce_domain_is_scarce() -> None:
-    cells = [cell for cell in TABLES["scarce"](two_methods()) if cell.row == "ties, 5% of users"]
+    cells = [cell for cell in TABLES["scarce"](two_methods(), NAMES) if cell.row == "ties, 5% of users"]
     assert [cell.domain for cell in cells] == list(NAMES)
     assert cells[1].members == (Member("beds"), Member("cups", 0.05), Member("tea"))
 
 
-def test_more_and_more_domains_are_merged() -> None:
-    cells = [cell for cell in TABLES["count"](two_methods()) if cell.method is not None]
-    assert {(len(cell.members), cell.domain) for cell in cells} == {(2, "beds"), (3, "beds")}
+def test_more_and_more_domains_are_merged_with_each() -> None:
+    cells = [cell for cell in TABLES["count"](two_methods(), NAMES) if cell.row.startswith("ties")]
+    assert {(cell.domain, *(m.domain for m in cell.members)) for cell in cells} == {
+        ("beds", "beds", "cups"),
+        ("cups", "cups", "tea"),
+        ("tea", "beds", "tea"),
+        *((name, *NAMES) for name in NAMES),
+    }
+
+
+def test_a_table_about_one_domain_and_one_merge(config: SimulationConfig, tmp_path: Path) -> None:
+    path = run.run_study("scarce", config, tmp_path / "study", [0], merges=["ties"], domains=["cups"])
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["domains"] == ["cups"]
+    assert {row.partition(",")[0] for row in record["rows"]} == {"zero-shot", "fine-tuned", "ties"}
+    assert all(list(row["columns"]) == ["cups"] for row in record["rows"].values())
+    made = {folder.name for folder in (tmp_path / "study" / "seed-0" / "merges").iterdir()}
+    assert made == {f"beds+cups@{share}+tea" for share in (0.01, 0.05, 0.1)}
+
+
+@pytest.mark.parametrize(("merges", "domains", "says"), [(["tie"], [], "ties"), ([], ["cup"], "cups")])
+def test_a_table_of_what_is_not_there(
+    merges: list[str], domains: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{says}'"):
+        run.run_study("methods", two_methods(), tmp_path, [0], merges=merges, domains=domains)
 
 
 def ranks(seed: int, users: int = 400) -> np.ndarray:
