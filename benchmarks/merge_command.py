@@ -26,7 +26,7 @@ weights of that size: seconds and peak memory against N. `--large` merges two fi
     python -m benchmarks.merge_command --size small
     python -m benchmarks.merge_command --size full --peers .venv-peers/bin/python --out runs/merge.json
     python -m benchmarks.merge_command --size full --counts 2,4,8,16,32 --out runs/merge_n.json
-    python -m benchmarks.merge_command --large --out runs/merge_large.json    # 12 GB of disk
+    python -m benchmarks.merge_command --large --out runs/merge_large.json    # 18 GB of disk
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,20 +123,24 @@ def mergekit(python: Path, folders: Folders, method: str) -> list[str]:
     return [*command, "--num-threads", "1", "--quiet"]
 
 
-def copy_once(folders: Folders) -> None:
-    """The copy that is the measure of bandwidth: read every input, write one model's bytes."""
+def copy_once(folders: Folders, copies: ExitStack) -> None:
+    """The copy that is the measure of bandwidth: read every input, write one model's bytes to a new file.
+
+    Closing `copies` frees the file: to do so takes as long as half the copy, and no command has to.
+    """
     buffer = memoryview(bytearray(PIECE_BYTES))
     from_base = len(weight_files(folders.base))
     allowed = os.sched_getaffinity(0)
     if folders.pinned:
         os.sched_setaffinity(0, {max(allowed)})  # where the commands run
     try:
-        with (folders.work / "copy").open("wb", buffering=0) as target:
-            for number, path in enumerate(folders.inputs):
-                with path.open("rb", buffering=0) as source:
-                    while size := source.readinto(buffer):
-                        if number < from_base:
-                            target.write(buffer[:size])
+        target = tempfile.TemporaryFile(dir=folders.work, buffering=0)  # noqa: SIM115 - `copies` closes it
+        copies.callback(target.close)
+        for number, path in enumerate(folders.inputs):
+            with path.open("rb", buffering=0) as source:
+                while size := source.readinto(buffer):
+                    if number < from_base:
+                        target.write(buffer[:size])
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -183,13 +188,14 @@ def compare(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
         if options.peers:
             lines["mergekit"] = mergekit(options.peers, folders, method)
         kept: dict[str, list[Process]] = {name: [] for name in lines}
-        calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders)}
-        for name, command in lines.items():
-            out = peer_out if name == "mergekit" else ours_out
-            calls[name] = partial(_keep, kept[name], command, out, folders)
-        copy_s, copy_processor_s = (
-            medians(found)["copy"] for found in take_turns_by(CLOCKS, calls, options.repeats)
-        )
+        with ExitStack() as copies:
+            calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders, copies)}
+            for name, command in lines.items():
+                out = peer_out if name == "mergekit" else ours_out
+                calls[name] = partial(_keep, kept[name], command, out, folders)
+            copy_s, copy_processor_s = (
+                medians(found)["copy"] for found in take_turns_by(CLOCKS, calls, options.repeats)
+            )
         if options.peers:
             assert _load(peer_out).keys() == _load(folders.base).keys(), "mergekit did not write every tensor"
         copied = Copied(copied_bytes, copy_s, copy_processor_s)
@@ -263,7 +269,9 @@ def sweep(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
             some = replace(folders, models=folders.models[:count])
             command = ours(options.ours, some, method)
             found = [merge_once(command, folders.work / "ours", folders) for _ in range(options.repeats + 1)]
-            copies_s = take_turns_by(CLOCKS, {"copy": partial(copy_once, some)}, options.repeats)
+            with ExitStack() as copies:
+                calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, some, copies)}
+                copies_s = take_turns_by(CLOCKS, calls, options.repeats)
             processor_s = statistics.median(p.cpu_seconds for p in found[1:])
             rows.append(
                 {
@@ -299,9 +307,10 @@ def large(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
         kept: list[Process] = []
         out = folders.work / "ours"
         command = ours(options.ours, folders, method)
-        calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders)}
-        calls["isthmus"] = partial(_keep, kept, command, out, folders)
-        copy_s = medians(take_turns_by(CLOCKS, calls, 1, warm_ups=int(options.large))[1])["copy"]
+        with ExitStack() as copies:
+            calls: dict[str, Callable[[], object]] = {"copy": partial(copy_once, folders, copies)}
+            calls["isthmus"] = partial(_keep, kept, command, out, folders)
+            copy_s = medians(take_turns_by(CLOCKS, calls, 1, warm_ups=int(options.large))[1])["copy"]
         took = kept[-1]
         rows.append(
             {
