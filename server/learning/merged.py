@@ -49,6 +49,9 @@ class MergedModel:
         self._tau_DP: list[Tensor] = []
         self._merged: list[Tensor] = []
         self._slices: list[tuple[int, int, int]] = []  # (group, start, stop) of each of `params`
+        # one buffer for what is widened: memory that is asked for anew costs as much as the arithmetic
+        width = 0 if self._dtype is torch.float32 else self._chunk
+        self._wide_DP = torch.empty(len(taus), width, device=device)
         for index, names in enumerate(groups.values()):
             self._add_group(index, names, base, taus, device)
 
@@ -93,6 +96,13 @@ class MergedModel:
         for low in range(start, stop, self._chunk):
             yield low, min(stop, low + self._chunk)
 
+    def _wide(self, tau_DP: Tensor, low: int, high: int) -> Tensor:
+        """Values `low` to `high` of every vector in fp32; valid until the next call."""
+        if self._dtype is torch.float32:
+            return tau_DP[:, low:high]
+        wide_DP = self._wide_DP[:, : high - low]
+        return wide_DP.copy_(tau_DP[:, low:high])
+
     @torch.no_grad()
     def set_coefficients(self, values_GD: Tensor) -> None:
         """Refill `params` with the merge at these coefficients [groups, domains]."""
@@ -101,7 +111,7 @@ class MergedModel:
             self._base, self._tau_DP, self._merged, values_GD, strict=True
         ):
             for low, high in self._chunks(0, len(base_P)):
-                tau_PD = tau_DP[:, low:high].float().t()
+                tau_PD = self._wide(tau_DP, low, high).t()
                 torch.addmv(base_P[low:high], tau_PD, values_D, out=merged_P[low:high])
 
     @torch.no_grad()
@@ -114,7 +124,7 @@ class MergedModel:
                 continue
             grad_P = grad.reshape(-1)
             for low, high in self._chunks(start, stop):
-                tau_DP = self._tau_DP[group][:, low:high].float()
+                tau_DP = self._wide(self._tau_DP[group], low, high)
                 result_GD[group] += tau_DP @ grad_P[low - start : high - start]
         return result_GD.cpu()
 
@@ -125,7 +135,7 @@ class MergedModel:
         flat: list[Tensor] = []
         for tau_DP, values_D in zip(self._tau_DP, values_GD, strict=True):
             parts = [
-                (tau_DP[:, low:high].float().t() @ values_D).cpu()
+                (self._wide(tau_DP, low, high).t() @ values_D).cpu()
                 for low, high in self._chunks(0, tau_DP.shape[1])
             ]
             flat.append(torch.cat(parts))
