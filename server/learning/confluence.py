@@ -8,8 +8,8 @@
    than the balanced merge does, by the geometric mean over domains; else the result is the balanced merge.
 
 Each part can be switched off: `rounds = 0` takes the rule as it is, `steps = 0` leaves distillation out. No
-user's data are read anywhere. Embeddings and the state of distillation are kept: a killed merge tries the
-weights again, with the embeddings that are there, and goes on distilling where it was.
+user's data are read anywhere. Embeddings, the scores of what was tried and the state of distillation are
+kept: a killed merge goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pydantic import Field
 
 from common.catalog import Catalog
 from common.config import LearningSection, TextSection
-from common.digests import json_digest
+from common.digests import json_digest, vector_digest
 from common.files import write_atomic
 from common.models.base import Pooling
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector
-from server.learning.balance import Trial, balance
+from server.learning.balance import Score, Trial, balance
 from server.learning.choose import Judge
 from server.learning.distil import Distillation, lessons
 from server.learning.prepare import Inputs, load_inputs
@@ -109,12 +109,16 @@ def confluence(
     def rule(weighted: Mapping[str, TaskVector]) -> TaskVector:
         return merge_tensors(options.rule, weighted)
 
-    vector, best, trials = balance(inputs.taus, rule, judge.score, options.rounds, report)
+    digest = _digest(inputs, options)
+    score = _kept(judge.score, work / "scores.json", digest)
+    vector, best, trials = balance(inputs.taus, rule, score, options.rounds, report)
     found: dict[str, Any] = {"rule": trials[0].agreement, "balanced": best.agreement}
     facts: dict[str, Any] = {"scale": best.scale, "weights": best.weights, "agreement": found}
     if options.steps:
-        distilled = _distil(inputs, vector, options, work, cache, report)
-        after = Trial(best.scale, best.weights, judge.score(distilled))
+        given = lessons(inputs, vector, options.steps, EmbeddingCache(cache), report)
+        distillation = Distillation(inputs, vector, options.steps, options.learning_rate)
+        distilled = distillation.run(given, work / "student.safetensors", digest, report)
+        after = Trial(best.scale, best.weights, dict(score(distilled)))
         found["distilled"] = after.agreement
         facts["fallback"] = after.worth <= best.worth
         vector = vector if facts["fallback"] else distilled
@@ -127,10 +131,9 @@ def confluence(
     )
 
 
-def _distil(
-    inputs: Inputs, start: TaskVector, options: ConfluenceOptions, work: Path, cache: Path, report: Report
-) -> TaskVector:
-    digest = json_digest(
+def _digest(inputs: Inputs, options: ConfluenceOptions) -> str:
+    """Of all that the result depends on, so that what is kept is not taken for another merge's."""
+    return json_digest(
         {
             "version": STATE_VERSION,
             "domains": {name: inputs.key(name, name) for name in inputs.domains},
@@ -139,9 +142,25 @@ def _distil(
             "seed": inputs.seed,
         }
     )
-    given = lessons(inputs, start, options.steps, EmbeddingCache(cache), report)
-    distillation = Distillation(inputs, start, options.steps, options.learning_rate)
-    return distillation.run(given, work / "student.safetensors", digest, report)
+
+
+def _kept(score: Score, path: Path, digest: str) -> Score:
+    """`score` that remembers in the file `path` what it said of a vector, for the same `digest`."""
+    try:
+        record = json.loads(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        record = {}
+    is_ours = isinstance(record, dict) and record.get("digest") == digest
+    said: dict[str, dict[str, float]] = record["said"] if is_ours else {}
+
+    def scored(vector: TaskVector) -> Mapping[str, float]:
+        key = vector_digest(vector)
+        if key not in said:
+            said[key] = dict(score(vector))
+            write_atomic(path, json.dumps({"digest": digest, "said": said}).encode("ascii"))
+        return said[key]
+
+    return scored
 
 
 def _table(trial: Trial) -> dict[str, dict[str, float]]:

@@ -160,6 +160,33 @@ def test_killed_and_begun_again_it_ends_the_same(
     assert equal(again.vector, whole.vector)
 
 
+def test_what_was_tried_is_not_tried_again(
+    base: Path,
+    taus: dict[str, TaskVector],
+    catalogs: dict[str, Catalog],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = merge(base, taus, catalogs, tmp_path / "whole")
+    score, scored = Judge.score, []
+
+    def counted(judge: Judge, vector: TaskVector) -> dict[str, float]:
+        scored.append(vector)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return score(judge, vector)
+
+    monkeypatch.setattr(Judge, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, taus, catalogs, tmp_path / "killed")
+    again = merge(base, taus, catalogs, tmp_path / "killed")
+    trials = len(SCALES) + SMALL["rounds"] + 1  # the last one is the student
+    assert len(scored) == trials + 1
+    assert (again.facts, equal(again.vector, whole.vector)) == (whole.facts, True)
+    merge(base, taus, catalogs, tmp_path / "killed", probes=3)
+    assert len(scored) > trials + 1  # other pseudo-users
+
+
 def test_a_loss_that_is_not_finite_is_named(
     base: Path,
     taus: dict[str, TaskVector],
