@@ -9,6 +9,7 @@ Interrupted anywhere, what is finished is read, and what was begun goes on where
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ from common.digests import json_digest, vector_digest
 from common.models.base import load_tensors, model_digest, resolve_base, save_model, trainable_tensors
 from common.progress import NO_REPORT, Report
 from common.vectors import TaskVector, apply, read_vector
-from server.merge import run_merge
+from server.merge import MergeResult, run_merge
 from simulations.arrays import kept
 from simulations.config import SimulationConfig
 from simulations.simulate import prepare_source
@@ -42,6 +43,7 @@ class Lab:
         self._config = config
         self._report = report
         self._folder = out / f"seed-{config.run.seed}"
+        self.merged: dict[str, list[MergeResult]] = {}  # by row, without their vectors, in the order of cells
         self._domains: dict[str, Domain] = {}
         self._newest: tuple[object, TaskVector | None] = ("", None)
 
@@ -103,7 +105,9 @@ class Lab:
         catalogs = {name: self.domain(name).catalog() for name in taus}
         work = self._folder / "merges" / "+".join(_name(member) for member in cell.members)
         cache = self._folder / "embeddings"
-        return run_merge(cell.method, self._base, taus, catalogs, self._run, work, self._report, cache).vector
+        result = run_merge(cell.method, self._base, taus, catalogs, self._run, work, self._report, cache)
+        self.merged.setdefault(cell.row, []).append(replace(result, vector={}))
+        return result.vector
 
     def _fine_tuned(self, member: Member) -> TaskVector:
         domain = part_of(self.domain(member.domain), member.share, self._run.run.seed)

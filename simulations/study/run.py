@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from common.errors import ConfigError, suggest
 from common.files import write_atomic
 from common.progress import NO_REPORT, Report, StatusFile
+from server.language.plots import weights_page
 from server.merge import check_method
 from simulations.config import SimulationConfig
 from simulations.live import Progress
@@ -22,6 +24,7 @@ from simulations.study.score import Rows, as_json, markdown, score, slices
 from simulations.study.tables import TABLES, compared_with, narrowed
 
 PHASE = "study"
+WEIGHTS = "weights"
 
 
 def run_study(
@@ -35,6 +38,8 @@ def run_study(
     domains: Sequence[str] = (),
 ) -> Path:
     """Make the table in the folder `out`, which keeps all that it is made of; returns the Markdown's path.
+
+    With the table `methods` comes `out/weights/MERGE.html` for every merge that learned or tried weights.
 
     merges, domains: rows by the labels of `[[merge]]`, and what the table is about; empty is all. Progress
     is told as one cell after another, in phase `PHASE`. Raises ConfigError, and what fine-tuning, merging
@@ -68,7 +73,12 @@ def run_study(
         )
         found = slices(found, lengths, popularity)
     k = config.evaluation.k
-    scored = score(found, k, lambda row: compared_with(table, row))
+    scored = {
+        row: replace(scored, seconds=_seconds(labs, row))
+        for row, scored in score(found, k, lambda row: compared_with(table, row)).items()
+    }
+    if table == "methods":
+        _draw_weights(labs, seeds, out / WEIGHTS)
     record = {
         "schema": 1,
         "table": table,
@@ -82,6 +92,23 @@ def run_study(
     path = out / f"{table}.md"
     write_atomic(path, markdown(scored, k).encode())
     return path
+
+
+def _seconds(labs: Sequence[Lab], row: str) -> float | None:
+    """The mean time of the row's merges."""
+    times = [result.seconds for lab in labs for result in lab.merged.get(row, [])]
+    return float(np.mean(times)) if times else None
+
+
+def _draw_weights(labs: Sequence[Lab], seeds: Sequence[int], folder: Path) -> None:
+    """A page of each merge with a trajectory: the weight of every domain by step, one line a seed."""
+    paths: dict[str, dict[str, Path]] = {}
+    for lab, seed in zip(labs, seeds, strict=True):
+        for row, results in lab.merged.items():
+            if (path := results[0].trajectory_path) is not None:
+                paths.setdefault(row, {})[f"seed {seed}"] = path
+    for row, of_seed in paths.items():
+        write_atomic(folder / f"{row}.html", weights_page(of_seed, row).encode())
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class Row:
     """One row over all seeds. `columns`: NDCG@k normalised, a mean over seeds.
 
     `ndcg` and `recall` are the averages over columns, `seeds` that of NDCG in each seed. `above` is how far
-    NDCG is above the row `other`, `low` and `high` the borders of its 95% interval.
+    NDCG is above the row `other`, `low` and `high` the borders of its 95% interval. `seconds` is the mean of
+    its merges, as they were timed when they were made.
     """
 
     columns: dict[str, float]
@@ -43,6 +44,7 @@ class Row:
     above: float | None = None
     low: float | None = None
     high: float | None = None
+    seconds: float | None = None
 
 
 def score(seeds: Sequence[Rows], k: int, compared_with: Callable[[str], str]) -> dict[str, Row]:
@@ -97,7 +99,7 @@ def slices(
 def markdown(table: Mapping[str, Row], k: int) -> str:
     """The table as Markdown."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row.columns))
-    head = ["", *columns, f"NDCG@{k} of 100", "seeds", f"Recall@{k} of 100", "difference (95%)"]
+    head = ["", *columns, f"NDCG@{k} of 100", "seeds", f"Recall@{k} of 100", "difference (95%)", "merge, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in table.items():
         cells = [_text(row.columns.get(column)) for column in columns]
@@ -105,7 +107,8 @@ def markdown(table: Mapping[str, Row], k: int) -> str:
         above = (
             "" if row.above is None else f"{row.above:+.1f} ({row.low:+.1f} to {row.high:+.1f}), {row.other}"
         )
-        lines.append(f"| {' | '.join([name, *cells, above])} |")
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        lines.append(f"| {' | '.join([name, *cells, above, seconds])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -111,7 +111,8 @@ def narrowed(
             if name not in known:
                 raise ConfigError(f"no {what} {name!r} in the configuration", next_step=suggest(name, known))
     kept = tuple(method for method in config.merge if not merges or method.label in merges)
-    return config.model_copy(update={"merge": kept}), [n for n in names if not domains or n in domains]
+    narrow = config.model_copy(update={"merge": kept, "publish": kept[0].label})  # a study publishes nothing
+    return narrow, [name for name in names if not domains or name in domains]
 
 
 def _names(config: SimulationConfig) -> list[str]:

@@ -67,10 +67,16 @@ def test_more_and_more_domains_are_merged_with_each() -> None:
 
 
 def test_a_table_about_one_domain_and_one_merge(config: SimulationConfig, tmp_path: Path) -> None:
-    path = run.run_study("scarce", config, tmp_path / "study", [0], merges=["ties"], domains=["cups"])
+    path = run.run_study(
+        "scarce", config, tmp_path / "study", [0], merges=["weight-averaging"], domains=["cups"]
+    )
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["domains"] == ["cups"]
-    assert {row.partition(",")[0] for row in record["rows"]} == {"zero-shot", "fine-tuned", "ties"}
+    assert {row.partition(",")[0] for row in record["rows"]} == {
+        "zero-shot",
+        "fine-tuned",
+        "weight-averaging",
+    }
     assert all(list(row["columns"]) == ["cups"] for row in record["rows"].values())
     made = {folder.name for folder in (tmp_path / "study" / "seed-0" / "merges").iterdir()}
     assert made == {f"beds+cups@{share}+tea" for share in (0.01, 0.05, 0.1)}
@@ -174,6 +180,8 @@ def test_a_whole_table_twice(config: SimulationConfig, tmp_path: Path, monkeypat
     assert list(record["rows"]) == ["zero-shot", "fine-tuned", "weight-averaging", "ties"]
     assert record["rows"]["fine-tuned"]["seeds"] == pytest.approx([100, 100])
     assert record["rows"]["ties"]["other"] == "weight-averaging"
+    assert record["rows"]["ties"]["seconds"] > 0
+    assert record["rows"]["fine-tuned"]["seconds"] is None
 
     def never(*_args: Any) -> None:
         raise AssertionError("evaluated again")
@@ -184,6 +192,19 @@ def test_a_whole_table_twice(config: SimulationConfig, tmp_path: Path, monkeypat
     sliced = run.run_study("slices", config, tmp_path / "study", [0]).read_text()
     assert "popular item" in sliced.splitlines()[0]
     assert ", weight-averaging" not in sliced
+
+
+def test_weights_by_step_have_a_page(config: SimulationConfig, tmp_path: Path) -> None:
+    learned = MergeMethod(method="mergerec", learning=config.learning.model_copy(update={"steps": 3}))
+    path = run.run_study(
+        "methods",
+        config.model_copy(update={"merge": (learned,), "publish": "mergerec"}),
+        tmp_path / "study",
+        [0, 1],
+    )
+    (page,) = (path.parent / "weights").iterdir()
+    assert page.name == "mergerec.html"
+    assert all(f"{name}, seed {seed}" in page.read_text() for name in NAMES for seed in (0, 1))
 
 
 def test_slices_of_some_users(config: SimulationConfig, tmp_path: Path) -> None:
