@@ -359,6 +359,8 @@ def _load(folder: Path) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Make the folders, measure, return the record."""
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folders = make_folders(options, Path(name))
         measure = large if options.large else sweep if options.counts else compare
