@@ -136,3 +136,6 @@ def _show(rows: Sequence[Row], shown_as: str) -> None:
     for row in rows:
         cells = [row.method, f"{row.loss:.4f}", *(f"{row.measures[name]:.4f}" for name in measures)]
         click.echo("| " + " | ".join([*cells, str(row.evaluations), f"{row.seconds:.1f}"]) + " |")
+    for row in rows:
+        if "warning" in row.facts:
+            click.echo(f"{row.method}: {row.facts['warning']}", err=True)

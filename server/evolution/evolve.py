@@ -14,6 +14,7 @@ terms `B_i A_j` of two different adapters.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,8 +42,15 @@ class Evolved:
     seconds: float
 
     def facts(self, labels: Sequence[str]) -> dict[str, Any]:
-        """For journals and tables."""
+        """For journals and tables; with a `warning` where the penalty, not the samples, decided."""
+        begun = [found.start_loss for found in self.stages.values() if found.start_loss is not None]
+        even, end = min(begun, default=math.inf), self.stages["scales"].loss
+        warning = (
+            f"the penalty outweighs what the adapters save: the result has a loss of {end:.4f}, equal "
+            f"weights had {even:.4f}; use penalty = 'mean', or lower ratio_penalty and scale_penalty"
+        )
         return {
+            **({"warning": warning} if end > even else {}),
             "ratios": dict(zip(labels, self.candidate.ratios, strict=True)),
             "scales": dict(zip(labels, self.candidate.scales, strict=True)),
             "evaluations": sum(found.evaluations for found in self.stages.values()),

@@ -51,6 +51,7 @@ class Found:
     """The best point of a stage, its loss without and with the penalty, and where it was found."""
 
     point: Point
+    start_loss: float | None  # of where the stage began, without the penalty; None: not finite
     loss: float
     objective: float
     generation: int  # 0: the start was never improved
@@ -107,8 +108,9 @@ def search(stage: Stage, evaluate: Evaluate, record: Record, report: Report = NO
             f"evolution: stage {stage.name} starts outside [{stage.low:g}, {stage.high:g}]",
             next_step="change the initial value",
         )
-    best = _Best(stage)
-    best.tell([stage.start], record.losses(stage.name, [stage.start], evaluate))
+    begun = record.losses(stage.name, [stage.start], evaluate)
+    best = _Best(stage, start_loss=begun[0] if math.isfinite(begun[0]) else None)
+    best.tell([stage.start], begun)
     asker = _asker(stage)
     for generation in range(1, stage.iterations + 1):
         report(phase=f"evolve {stage.name}", step=generation - 1, total=stage.iterations, loss=best.shown)
@@ -124,6 +126,7 @@ class _Best:
     """The best point so far, and the counts."""
 
     stage: Stage
+    start_loss: float | None = None
     point: Point = ()
     loss: float = math.nan
     objective: float = math.inf
@@ -161,6 +164,7 @@ class _Best:
             )
         return Found(
             self.point,
+            self.start_loss,
             self.loss,
             self.objective,
             self.generation,

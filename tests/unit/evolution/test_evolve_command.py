@@ -69,6 +69,15 @@ def test_the_command_leaves_an_adapter_and_a_table(base, adapters, samples, tmp_
     assert [row["method"] for row in json.loads(again.stdout)] == ["base", "evo-merging"]
 
 
+def test_the_command_says_that_the_penalty_decided(base, adapters, samples, tmp_path):
+    for label, adapter in adapters.items():
+        save_adapter(base, LORA, adapter, tmp_path / "pool" / label, "")
+    more = ("--adapters", tmp_path / "pool", "--method", "evo-merging", "--option", "scale_penalty=9")
+    found = command(base, samples, tmp_path / "out", *more)
+    assert found.exit_code == 0, found.output
+    assert "evo-merging: the penalty outweighs" in found.stderr
+
+
 def test_the_command_refuses_what_cannot_be(base, adapters, samples, tmp_path):
     save_adapter(base, LORA, adapters["tea"], tmp_path / "tea", "")
     other = LORA.model_copy(update={"alpha": 8.0})

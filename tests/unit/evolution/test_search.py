@@ -73,6 +73,15 @@ def test_the_penalty_is_the_sum_of_magnitudes_or_their_mean(tmp_path):
         assert stage.objective == pytest.approx(stage.loss + 0.05 * sum(found.candidate.ratios) / divisor)
 
 
+def test_a_penalty_that_switches_the_adapters_off_is_told(tmp_path):
+    even = Quadratic(goal=(1 / 3,) * 3)  # equal weights are the best there is
+    found = merge(even, tmp_path / "much", scale_penalty=5)
+    assert np.abs(found.candidate.scales).max() < 0.05
+    assert "equal weights had" in found.facts(["a", "b", "c"])["warning"]
+    found = merge(even, tmp_path / "none", ratio_penalty=0, scale_penalty=0)
+    assert "warning" not in found.facts(["a", "b", "c"])
+
+
 def test_just_the_planned_evaluations_are_made(tmp_path):
     fitness = Quadratic()
     options = EvolutionOptions(ratio_iterations=3, scale_iterations=5, population=6)
