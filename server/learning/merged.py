@@ -49,11 +49,12 @@ class MergedModel:
         self._tau_DP: list[Tensor] = []
         self._merged: list[Tensor] = []
         self._slices: list[tuple[int, int, int]] = []  # (group, start, stop) of each of `params`
-        # one buffer for what is widened: memory that is asked for anew costs as much as the arithmetic
-        width = 0 if self._dtype is torch.float32 else self._chunk
-        self._wide_DP = torch.empty(len(taus), width, device=device)
         for index, names in enumerate(groups.values()):
             self._add_group(index, names, base, taus, device)
+        # one buffer for what is widened: memory that is asked for anew costs as much as the arithmetic
+        widest = max((len(merged_P) for merged_P in self._merged), default=0)
+        width = 0 if self._dtype is torch.float32 else min(self._chunk, widest)
+        self._wide_DP = torch.empty(len(taus), width, device=device)
 
     def _add_group(
         self,

@@ -28,9 +28,6 @@ class PretrainingSection(Frozen):
     title_words: int = Field(6, ge=1, description="titles are cut to so many words")
     history: int = Field(5, ge=1, description="titles of a pseudo-user's history, at most")
     candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
-    answers: int = Field(
-        1, ge=1, description="candidates of a prompt that fit, at most; the answer goes on with each"
-    )
     noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
     steps: int = Field(600, ge=1)
     growth: float = Field(

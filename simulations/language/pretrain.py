@@ -157,7 +157,7 @@ class Pretrainer:
         self.model.eval()
         rng = np.random.default_rng([self._seed, 0, 0])
         documents = [
-            self._prompt(self._held_back, rng, self._settings.candidates, 1)
+            self._prompt(self._held_back, rng, self._settings.candidates)
             for _ in range(self._settings.held_back_prompts)
         ]
         losses, tokens, named = 0.0, 0, 0
@@ -215,19 +215,15 @@ class Pretrainer:
         candidates = round(math.exp(rng.uniform(math.log(least), math.log(most))))
         documents, tokens = [], 0
         while tokens < settings.prompt_tokens:
-            answers = int(rng.integers(1, max(1, min(settings.answers, candidates // 2)) + 1))
-            documents.append(self._prompt(self._users, rng, candidates, answers))
+            documents.append(self._prompt(self._users, rng, candidates))
             tokens += len(documents[-1][0])
         return documents
 
-    def _prompt(
-        self, users: PseudoUsers, rng: np.random.Generator, candidates: int, answers: int
-    ) -> tuple[Ids, int]:
+    def _prompt(self, users: PseudoUsers, rng: np.random.Generator, candidates: int) -> tuple[Ids, int]:
         """Ids of a prompt with its answer and the end, and where the answer begins."""
         settings = self._settings
         history = int(rng.integers(1, settings.history + 1))
-        ranking, fitting = users.ranking(rng, history, candidates, settings.noise, answers)
-        prompt, answer = document(self._template, ranking, fitting)
+        prompt, answer = document(self._template, users.ranking(rng, history, candidates, settings.noise))
         head, tail = self._encode(prompt), self._encode(answer)
         return [*head, *tail, self._end], len(head)
 

@@ -71,27 +71,18 @@ class PseudoUsers:
             titles = list({title_key(shelf.titles[row]): shelf.titles[row] for row in rows}.values())
         return Ranking("pseudo", tuple(rng.permutation(titles).tolist()), tuple(titles), None)
 
-    def ranking(
-        self, rng: np.random.Generator, history: int, candidates: int, noise: float, answers: int = 1
-    ) -> tuple[Ranking, list[str]]:
-        """A pseudo-user: up to `history` titles, and `candidates`, of which up to `answers` share its theme.
+    def ranking(self, rng: np.random.Generator, history: int, candidates: int, noise: float) -> Ranking:
+        """A pseudo-user: up to `history` titles, `candidates` titles of which one is of the same theme.
 
-        Returns the ranking, whose target is one of those, and the other ones. Each title of the history but
-        one is, with probability `noise`, any item of the domain.
+        Each title of the history but one is, with probability `noise`, any item of the domain.
         """
         shelf, members, theme = self._theme(rng)
-        length = min(history, len(members) - 1)
-        past = members[1 : 1 + length].copy()
+        past = members[1 : 1 + min(history, len(members) - 1)].copy()
         for place in range(len(past) - 1):
             if rng.random() < noise:
                 past[place] = rng.integers(len(shelf.titles))
-        titles: list[str] = []
-        seen = {title_key(shelf.titles[row]) for row in past}
-        for row in (members[0], *members[1 + length : length + answers]):
-            if not titles or title_key(shelf.titles[row]) not in seen:
-                seen.add(title_key(shelf.titles[row]))
-                titles.append(shelf.titles[row])
-        fitting = titles[1:]
+        titles = [shelf.titles[members[0]]]
+        seen = {title_key(titles[0]), *(title_key(shelf.titles[row]) for row in past)}
         for row in rng.integers(len(shelf.titles), size=20 * candidates):
             title = shelf.titles[row]
             if len(titles) == candidates:
@@ -100,13 +91,12 @@ class PseudoUsers:
                 seen.add(title_key(title))
                 titles.append(title)
         order = rng.permutation(len(titles))
-        ranking = Ranking(
+        return Ranking(
             "pseudo",
             tuple(shelf.titles[row] for row in rng.permutation(past)),
             tuple(titles[place] for place in order),
             target=int(np.flatnonzero(order == 0)[0]),
         )
-        return ranking, fitting
 
     def _theme(self, rng: np.random.Generator) -> tuple[Shelf, Rows, int]:
         """A domain by its size, one of its items, one of the item's themes; the theme's rows in any order."""
@@ -138,11 +128,9 @@ def cut(title: str, words: int) -> str:
     return " ".join(title.split()[:words]).rstrip(",;:-& ")
 
 
-def document(template: Template, ranking: Ranking, fitting: Sequence[str] = ()) -> tuple[str, str]:
-    """A prompt and its answer, which goes on with the other titles that fit as well."""
-    answer = [template.ranking_answer(ranking)]
-    answer += [template.ranking.answer_item.format(title=title) for title in fitting]
-    return template.ranking_prompt(ranking), "\n".join(answer)
+def document(template: Template, ranking: Ranking) -> tuple[str, str]:
+    """A prompt and its answer."""
+    return template.ranking_prompt(ranking), template.ranking_answer(ranking)
 
 
 def lines(template: Template, titles: Sequence[str]) -> str:
@@ -159,7 +147,7 @@ def _shelf(catalog: Catalog, title_words: int) -> Shelf:
         for name in ("brand", "category"):
             if value := catalog.attributes.get(name, [""] * len(column))[row]:
                 members[name, value.casefold()].append(place)
-        for word in set(_WORD.findall(titles[place].casefold())):
+        for word in dict.fromkeys(_WORD.findall(titles[place].casefold())):  # in the same order each time
             members["word", word].append(place)
     kept = [found for found in members.values() if _MIN_MEMBERS <= len(found) <= _MAX_MEMBERS]
     if not kept or len(set(map(title_key, titles))) < _MIN_MEMBERS:
