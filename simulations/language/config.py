@@ -29,6 +29,12 @@ class PretrainingSection(Frozen):
     history: int = Field(5, ge=1, description="titles of a pseudo-user's history, at most")
     candidates: int = Field(30, ge=2, description="candidates of a prompt in the end; it begins with 3")
     noise: float = Field(0.3, ge=0, lt=1, description="share of the history that is any item of the domain")
+    informed: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of prompts whose answer fits the history; the others name any of their candidates",
+    )
     steps: int = Field(600, ge=1)
     growth: float = Field(
         0.6, ge=0, le=1, description="share of the steps after which there are `candidates`"

@@ -223,7 +223,8 @@ class Pretrainer:
         """Ids of a prompt with its answer and the end, and where the answer begins."""
         settings = self._settings
         history = int(rng.integers(1, settings.history + 1))
-        prompt, answer = document(self._template, users.ranking(rng, history, candidates, settings.noise))
+        ranking = users.ranking(rng, history, candidates, settings.noise, settings.informed)
+        prompt, answer = document(self._template, ranking)
         head, tail = self._encode(prompt), self._encode(answer)
         return [*head, *tail, self._end], len(head)
 

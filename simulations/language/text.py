@@ -71,10 +71,14 @@ class PseudoUsers:
             titles = list({title_key(shelf.titles[row]): shelf.titles[row] for row in rows}.values())
         return Ranking("pseudo", tuple(rng.permutation(titles).tolist()), tuple(titles), None)
 
-    def ranking(self, rng: np.random.Generator, history: int, candidates: int, noise: float) -> Ranking:
+    def ranking(
+        self, rng: np.random.Generator, history: int, candidates: int, noise: float, informed: float = 1.0
+    ) -> Ranking:
         """A pseudo-user: up to `history` titles, `candidates` titles of which one is of the same theme.
 
-        Each title of the history but one is, with probability `noise`, any item of the domain.
+        Each title of the history but one is, with probability `noise`, any item of the domain. The answer is the
+        one that fits or, with probability `1 - informed`, any candidate: a model then learns to name one, not
+        which.
         """
         shelf, members, theme = self._theme(rng)
         past = members[1 : 1 + min(history, len(members) - 1)].copy()
@@ -91,11 +95,12 @@ class PseudoUsers:
                 seen.add(title_key(title))
                 titles.append(title)
         order = rng.permutation(len(titles))
+        answer = 0 if rng.random() < informed else rng.integers(len(titles))
         return Ranking(
             "pseudo",
             tuple(shelf.titles[row] for row in rng.permutation(past)),
             tuple(titles[place] for place in order),
-            target=int(np.flatnonzero(order == 0)[0]),
+            target=int(np.flatnonzero(order == answer)[0]),
         )
 
     def _theme(self, rng: np.random.Generator) -> tuple[Shelf, Rows, int]:

@@ -136,6 +136,19 @@ def test_a_pseudo_user_wants_what_shares_its_theme(config: LanguageConfig) -> No
         assert Template.load("shelf").ranking_prompt(ranking).endswith(f"- {ranking.history[-1]}\n")
 
 
+def test_an_uninformed_answer_is_any_candidate(config: LanguageConfig) -> None:
+    users, rng = PseudoUsers(catalogs(config), 6), np.random.default_rng(0)
+    themes = [set(group) for group in users.groups()]
+    fits = {0.0: 0, 0.5: 0, 1.0: 0}
+    for informed in fits:
+        for _ in range(200):
+            ranking = users.ranking(rng, 3, 4, noise=0.0, informed=informed)
+            target = ranking.candidates[ranking.target or 0]
+            fits[informed] += any({*ranking.history, target} <= theme for theme in themes)
+    assert fits[1.0] == 200
+    assert 40 < fits[0.0] < 90 < fits[0.5] < 160  # a quarter of 200, and five eighths
+
+
 def test_themes_come_in_one_order_in_every_process() -> None:
     code = (
         "from common.catalog import Catalog\n"
