@@ -76,9 +76,9 @@ class PseudoUsers:
     ) -> Ranking:
         """A pseudo-user: up to `history` titles, `candidates` titles of which one is of the same theme.
 
-        Each title of the history but one is, with probability `noise`, any item of the domain. The answer is the
-        one that fits or, with probability `1 - informed`, any candidate: a model then learns to name one, not
-        which.
+        Each title of the history but one is, with probability `noise`, any item of the domain. The answer is
+        the one that fits or, with probability `1 - informed`, any candidate: a model then learns to name one,
+        not which.
         """
         shelf, members, theme = self._theme(rng)
         past = members[1 : 1 + min(history, len(members) - 1)].copy()
