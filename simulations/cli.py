@@ -54,6 +54,9 @@ def study_command(
     seeds: Annotated[str, typer.Option(help="instead of run.seed; each draws its own users")] = "0,1,2",
     merges: Annotated[str, typer.Option(help="labels of the merges to compare; empty: all")] = "",
     domains: Annotated[str, typer.Option(help="domains that the table is about; empty: all")] = "",
+    validation: Annotated[
+        bool, typer.Option("--validation", help="rank validation items, to choose by, instead of test items")
+    ] = False,
 ) -> None:
     """Fine-tune, merge and evaluate in this process, and print one table with its uncertainty."""
     from simulations.config import load_simulation
@@ -69,6 +72,7 @@ def study_command(
             report,
             merges=_words(merges),
             domains=_words(domains),
+            split="valid" if validation else "test",
         )
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"table: {path}")

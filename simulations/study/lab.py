@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from clients.data.domain import Domain
 from clients.training.dataset import data_digest
-from clients.training.evaluate import draw_users, evaluate
+from clients.training.evaluate import Split, draw_users, evaluate
 from clients.training.fit import fine_tune, load_encoder
 from common.config import RunConfig
 from common.digests import json_digest, vector_digest
@@ -37,10 +37,16 @@ _README = "# A model of a study\n\nMade by Isthmus in a simulation, for evaluati
 
 
 class Lab:
-    """One seed of a study: `config.run.seed` draws the users and seeds fine-tuning and merging."""
+    """One seed of a study: `config.run.seed` draws the users and seeds fine-tuning and merging.
 
-    def __init__(self, config: SimulationConfig, out: Path, report: Report = NO_REPORT) -> None:
+    `split` names the held-out item of a user that is sought.
+    """
+
+    def __init__(
+        self, config: SimulationConfig, out: Path, report: Report = NO_REPORT, split: Split = "test"
+    ) -> None:
         self._config = config
+        self._split = split
         self._report = report
         self._folder = out / f"seed-{config.run.seed}"
         self.merged: dict[str, list[MergeResult]] = {}  # by row, without their vectors, in the order of cells
@@ -58,7 +64,7 @@ class Lab:
             "base": self._base_digest,
             "vector": "" if tau is None else vector_digest(tau),
             "data": data_digest(domain, self._run.text),
-            "test": hashlib.sha256(np.ascontiguousarray(domain.test).tobytes()).hexdigest(),
+            self._split: hashlib.sha256(np.ascontiguousarray(self.sought(cell.domain)).tobytes()).hexdigest(),
             "run": self._run.model_dump(mode="json", include={"base", "text", "evaluation"}),
             "precision": self._run.training.precision,
             "seed": self._run.run.seed,
@@ -70,6 +76,17 @@ class Lab:
         """Which users of the domain `ranks` has, in its order: row numbers [U]."""
         users = len(self.domain(name).user_ids)
         return draw_users(users, self._run.evaluation.max_users, self._run.run.seed)
+
+    def sought(self, name: str) -> npt.NDArray[np.int32]:
+        """The held-out item of every user of the domain: row numbers of the catalog [U]."""
+        domain = self.domain(name)
+        return domain.valid if self._split == "valid" else domain.test
+
+    def history_lengths(self, name: str) -> Ranks:
+        """Items in the history of every user that is tested: [U]."""
+        train = self.domain(name).train
+        after = 0 if self._split == "valid" else 1  # before the test item comes the validation item
+        return np.array([len(train[user]) + after for user in self.tested(name)])
 
     def domain(self, name: str) -> Domain:
         """The prepared domain."""
@@ -122,7 +139,7 @@ class Lab:
                 pooling = self._run.base.pooling
                 save_model(self._base, {n: whole[n] for n in tau}, folder, readme=_README, pooling=pooling)
             encoder = load_encoder(folder, self._run, training=False)
-        return evaluate(encoder, domain, self._run, "test", self._report).rank_U
+        return evaluate(encoder, domain, self._run, self._split, self._report).rank_U
 
 
 def part_of(domain: Domain, share: float, seed: int) -> Domain:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clients.training.evaluate import Split
 from common.errors import ConfigError, suggest
 from common.files import write_atomic
 from common.progress import NO_REPORT, Report, StatusFile
@@ -36,10 +37,12 @@ def run_study(
     *,
     merges: Sequence[str] = (),
     domains: Sequence[str] = (),
+    split: Split = "test",
 ) -> Path:
     """Make the table in the folder `out`, which keeps all that it is made of; returns the Markdown's path.
 
-    With the table `methods` comes `out/weights/MERGE.html` for every merge that learned or tried weights.
+    A table of validation users, to choose by, has a name of its own (`methods-valid`). With the table
+    `methods` comes `out/weights/MERGE.html` for every merge that learned or tried weights.
 
     merges, domains: rows by the labels of `[[merge]]`, and what the table is about; empty is all. Progress
     is told as one cell after another, in phase `PHASE`. Raises ConfigError, and what fine-tuning, merging
@@ -58,7 +61,7 @@ def run_study(
     labs = []
     for seed in seeds:
         seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        lab = Lab(seeded, out, report)
+        lab = Lab(seeded, out, report, split)
         rows: dict[str, dict[str, Ranks]] = {}
         for number, cell in enumerate(cells):
             report(phase=PHASE, step=len(found) * len(cells) + number, total=len(seeds) * len(cells))
@@ -68,7 +71,7 @@ def run_study(
     report(phase=PHASE, step=len(seeds) * len(cells), total=len(seeds) * len(cells))
     if table == "slices":
         lengths, popularity = (
-            [_lengths(lab, about) for lab in labs],
+            [{name: lab.history_lengths(name) for name in about} for lab in labs],
             [_popularity(lab, about) for lab in labs],
         )
         found = slices(found, lengths, popularity)
@@ -82,14 +85,16 @@ def run_study(
     record = {
         "schema": 1,
         "table": table,
+        "split": split,
         "seeds": list(seeds),
         "domains": about,
         "config": config.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started_s, 1),
         "rows": as_json(scored),
     }
-    write_atomic(out / f"{table}.json", (json.dumps(record, indent=1) + "\n").encode())
-    path = out / f"{table}.md"
+    stem = table if split == "test" else f"{table}-{split}"
+    write_atomic(out / f"{stem}.json", (json.dumps(record, indent=1) + "\n").encode())
+    path = out / f"{stem}.md"
     write_atomic(path, markdown(scored, k).encode())
     return path
 
@@ -125,18 +130,11 @@ def shown(out: Path, main: str = PHASE) -> Iterator[Report]:
         yield report
 
 
-def _lengths(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
-    """Items in the history of every user that is tested, the validation item among them."""
-    return {
-        name: np.array([len(lab.domain(name).train[user]) + 1 for user in lab.tested(name)]) for name in names
-    }
-
-
 def _popularity(lab: Lab, names: Sequence[str]) -> dict[str, Ranks]:
     """How often the item that every user who is tested looks for is in the training histories."""
     found = {}
     for name in names:
         domain = lab.domain(name)
         counts_I = np.bincount(np.concatenate(domain.train), minlength=len(domain.item_ids))
-        found[name] = counts_I[domain.test[lab.tested(name)]].astype(np.int64)
+        found[name] = counts_I[lab.sought(name)[lab.tested(name)]].astype(np.int64)
     return found

@@ -215,6 +215,21 @@ def test_slices_of_some_users(config: SimulationConfig, tmp_path: Path) -> None:
     assert len(lab.tested("tea")) == 25
 
 
+def test_validation_users_have_a_table_of_their_own(config: SimulationConfig, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    tested = run.run_study("slices", config, out, [0])
+    before = tested.read_text()
+    chosen = run.run_study("slices", config, out, [0], split="valid")
+    assert chosen.name == "slices-valid.md"
+    assert chosen.read_text() != tested.read_text() == before
+    assert json.loads(chosen.with_suffix(".json").read_text())["split"] == "valid"
+    test, valid = Lab(config, out), Lab(config, out, split="valid")
+    domain = valid.domain("tea")
+    assert valid.sought("tea").tolist() == list(domain.valid)
+    assert test.sought("tea").tolist() == list(domain.test)
+    assert (test.history_lengths("tea") - valid.history_lengths("tea")).tolist() == [1] * len(domain.valid)
+
+
 def test_another_source_of_a_domain_is_not_taken_for_the_first(
     config: SimulationConfig, tmp_path: Path
 ) -> None:
