@@ -32,7 +32,7 @@ WORDS = TEXT.split(" ")
 def samples_of(count: int) -> list[Sample]:
     """Prompts of some 100 words and answers of five."""
     rows = [[WORDS[(7 * n + 3 * place) % len(WORDS)] for place in range(105)] for n in range(count)]
-    return [(" ".join(row[:100]) + "\n", " ".join(row[100:])) for row in rows]
+    return [Sample(" ".join(row[:100]) + "\n", " ".join(row[100:])) for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

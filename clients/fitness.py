@@ -2,7 +2,7 @@
 
 The domain holds the adapters (those that their owners allowed to be shared, received once) and validation
 samples that never leave it. From then on it gets candidates of 2N numbers, mixes each on its own, and says
-the mean loss in thousandths of a nat a token. Rules:
+the mean loss in thousandths of a nat: a token of the answers, or a choice (`Validation`). Rules:
 
 - a budget: at most `max_answers` different candidates in the life of `folder`; the same candidate asked
   again gets the same answer and costs nothing, also after kill -9: answers are on the disk before they are
@@ -94,7 +94,8 @@ class Answers:
 
     def __call__(self, candidate: Candidate) -> int:
         """The domain's loss with this candidate, in thousandths. Raises PolicyError with the budget spent."""
-        digest = json_digest({"adapters": self._pool.digests, "candidate": asdict(candidate)})
+        asked = {"adapters": self._pool.digests, "candidate": asdict(candidate)}
+        digest = json_digest({**asked, "objective": "choice"} if self._validation.is_choice else asked)
         if digest not in self._given:
             if self.left <= 0:
                 raise PolicyError(

@@ -21,6 +21,7 @@ from common.errors import ConfigError, suggest
 
 EMBEDDED_BASE = "embedded"
 DEFAULT_PUBLISHED = ("confluence", "task-arithmetic")  # the first that is among the merges
+Objective = Literal["answer", "choice"]
 ADAPTER_MERGES = ("factors", "knots", "product")
 INSTRUCTION_EVALUATION = {"k": 3, "batch_size": 8}
 INSTRUCTION_CUTS = (1, 3)  # NDCG@k by which early stopping and comparisons go
@@ -240,6 +241,11 @@ class InstructionSection(Frozen):
     max_prompt_tokens: int = Field(1024, ge=16, description="longer prompts lose the oldest items")
     prompts_at_once: int = Field(
         8, ge=1, description="of a training step in memory; their gradients are added up to that of the step"
+    )
+    objective: Objective = Field(
+        "answer",
+        description="what merges of adapters are compared by on labelled prompts: `answer`, the loss a token "
+        "of it; `choice`, the loss of choosing it among the candidates",
     )
     generated_users: int = Field(
         0, ge=0, description="test users whose answers are also generated, for the rate of valid answers"

@@ -157,7 +157,7 @@ def fit_key(domains: Sequence[Domain], base_folder: Path, config: RunConfig) -> 
     }
     for name in ("lora", "instruction"):
         if (section := getattr(config, name)) is not None:
-            statement[name] = section.model_dump(mode="json")
+            statement[name] = section.model_dump(mode="json", exclude={"objective"})  # merges', not a fit's
     if config.privacy.mechanism != "none":
         statement["privacy"] = config.privacy.model_dump(mode="json")
     return hashlib.sha256(json.dumps(statement, sort_keys=True).encode()).hexdigest()[:16]

@@ -114,10 +114,7 @@ def _answers(job: Job, domain: Domain, report: Report) -> dict[str, Any]:
         max_users=config.training.validation_users, title_words=section.title_words,
     )  # fmt: skip
     fitted = fit(lm, template, rankings, section.max_prompt_tokens)
-    users = [
-        UserSamples(one.user, ((template.ranking_prompt(one), template.ranking_answer(one)),))
-        for one in fitted
-    ]
+    users = [UserSamples(one.user, (template.sample(one, section.objective),)) for one in fitted]
     answer = Answers(
         lm, lora or LoraSection(), pool, users, job.answers, Path(job.fits or job.work) / "answers",
         batch_size=config.evaluation.batch_size,

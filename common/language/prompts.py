@@ -26,9 +26,10 @@ from string import Formatter
 
 from pydantic import Field, field_validator
 
-from common.config import Frozen, load_toml
+from common.config import Frozen, Objective, load_toml
 from common.errors import ConfigError, DataError, suggest
 from common.language.records import Ranking, YesNo
+from common.language.samples import Sample
 
 FOLDER = Path(__file__).parent / "templates"
 DEFAULT_TEMPLATE = "ranking"
@@ -119,6 +120,18 @@ class Template(Frozen):
         """The first `answer_titles` titles, the relevant one first. Raises DataError without a target."""
         titles = ranking.best_first()
         return _lines(self.ranking.answer_item, titles[: self.answer_titles or len(titles)])
+
+    def sample(self, ranking: Ranking, objective: Objective = "answer") -> Sample:
+        """The labelled prompt as a sample, whose loss is the answer's or the choice's.
+
+        Raises DataError without a target.
+        """
+        prompt, answer = self.ranking_prompt(ranking), self.ranking_answer(ranking)
+        if objective == "answer" or ranking.target is None:
+            return Sample(prompt, answer)
+        others = self.candidate_answers(ranking)
+        answer = others.pop(ranking.target)
+        return Sample(prompt, answer, tuple(others))
 
     def candidate_answers(self, ranking: Ranking) -> list[str]:
         """For each candidate, how an answer that names it first begins, up to the next title if any."""

@@ -91,6 +91,18 @@ def answer_scores(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequen
     return [torch.cat([next(parts) for _ in _parts(own)]) for own in answers]
 
 
+def choice_losses(lm: CausalLM, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> Tensor:
+    """-log of the probability of each prompt's first answer among its answers [B], by whole likelihoods.
+
+    With gradient where grad is enabled. Raises DataError where a prompt is too long.
+    """
+    losses = []
+    for mean_A, own in zip(answer_scores(lm, prompts, answers), answers, strict=True):
+        tokens_A = torch.tensor([len(answer) for answer in own], device=mean_A.device)
+        losses.append(-(mean_A * tokens_A).log_softmax(0)[0])
+    return torch.stack(losses)
+
+
 def _parts(answers: Sequence[Ids]) -> Iterator[Sequence[Ids]]:
     """The answers in order, in parts of at most `PACKED_TOKENS` tokens, or of one answer."""
     begin = tokens = 0

@@ -73,7 +73,7 @@ class ModelFitness:
 
 
 class ScoringFitness(ModelFitness):
-    """Mean negative log-likelihood a token of the answers to labelled prompts."""
+    """Mean loss of labelled prompts: of the answers' tokens, or of the choice (`Validation`)."""
 
     def __init__(
         self,

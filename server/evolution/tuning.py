@@ -24,7 +24,6 @@ from common.language.adapters import Adapter
 from common.language.layers import put_layers
 from common.language.model import CausalLM
 from common.language.samples import Sample
-from common.language.scoring import answer_losses
 from common.language.validation import Validation
 from common.progress import NO_REPORT, Report
 
@@ -98,7 +97,7 @@ def _tune(
     order = np.random.default_rng([tuning.seed, len(samples)]).permutation(len(samples)).tolist()
     held = max(1, round(HOLDOUT * len(samples)))
     validation = Validation(lm, [samples[n] for n in order[:held]], tuning.batch_size)
-    own = [samples[n] for n in order[held:]]
+    own = Validation(lm, [samples[n] for n in order[held:]], tuning.batch_size)
     start = _copy(parameters)
     first = float(validation.losses().mean())
     lowest, best, facts = first, start, {"rate": 0.0, "epoch": 0}
@@ -108,7 +107,7 @@ def _tune(
         shuffle = np.random.default_rng([tuning.seed, len(samples), number])
         for epoch in range(1, tuning.epochs + 1):
             report(phase="tune", step=number * tuning.epochs + epoch - 1, total=len(RATES) * tuning.epochs)
-            _epoch(lm, adam, [own[n] for n in shuffle.permutation(len(own))], tuning.batch_size)
+            _epoch(adam, own, shuffle.permutation(len(own)).tolist(), tuning.batch_size)
             loss = float(validation.losses().mean())
             if math.isfinite(loss) and loss < lowest:
                 lowest, best, facts = loss, _copy(parameters), {"rate": rate, "epoch": epoch}
@@ -118,10 +117,10 @@ def _tune(
     return {**facts, "held_back_loss": {"untuned": first, "tuned": lowest}, "tuned_on": len(own)}
 
 
-def _epoch(lm: CausalLM, adam: torch.optim.Optimizer, samples: Sequence[Sample], batch_size: int) -> None:
-    for start in range(0, len(samples), batch_size):
+def _epoch(adam: torch.optim.Optimizer, own: Validation, order: list[int], batch_size: int) -> None:
+    for start in range(0, len(order), batch_size):
         adam.zero_grad()
-        loss = answer_losses(lm, samples[start : start + batch_size], batch_size).mean()
+        loss = own.of(order[start : start + batch_size]).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
 

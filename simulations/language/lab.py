@@ -18,7 +18,7 @@ import numpy as np
 from clients.data.domain import Domain
 from clients.data.instructions import Protocol, Split, rankings_of
 from clients.training.fit import fine_tune
-from common.config import InstructionSection, LoraSection, RunConfig
+from common.config import InstructionSection, LoraSection, Objective, RunConfig
 from common.crossing import crossing_tensors
 from common.errors import ConfigError
 from common.language.adapters import Adapter
@@ -121,11 +121,13 @@ class LanguageLab:
             history_items=section.history_items, max_users=users,
         )  # fmt: skip
 
-    def samples(self, domain: Domain, split: Literal["train", "valid"], users: int) -> list[Sample]:
-        """The same as prompt and answer."""
+    def samples(
+        self, domain: Domain, split: Literal["train", "valid"], users: int, objective: Objective = "answer"
+    ) -> list[Sample]:
+        """The same as prompt and answer, or as a choice."""
         rankings = self.rankings(domain, split, users)
         fitted = fit(self.lm, self.template, rankings, self.instruction.max_prompt_tokens)
-        return [(self.template.ranking_prompt(one), self.template.ranking_answer(one)) for one in fitted]
+        return [self.template.sample(one, objective) for one in fitted]
 
     def measure(self, rankings: list[Ranking]) -> Callable[[CausalLM], Mapping[str, float]]:
         """NDCG@1 and NDCG@3 of a model on these prompts."""

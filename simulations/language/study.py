@@ -208,7 +208,7 @@ def _evolution_column(members: Sequence[tuple[str, int]]) -> Make:
     def make(lab: LanguageLab, column: str, report: Report) -> list[Cell]:
         tables, target = lab.config.tables, lab.part(lab.names[0], TARGET)
         adapters = {f"{name}-{part}": lab.adapter(lab.part(name, part)) for name, part in members}
-        samples = lab.samples(target, "valid", tables.samples)
+        samples = lab.samples(target, "valid", tables.samples, lab.instruction.objective)
         tested = lab.rankings(target, "test", tables.test_users)
         work = lab.folder / "evolved" / json_digest({"members": list(members)})[:16]
         rows = compare(

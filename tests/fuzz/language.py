@@ -47,10 +47,12 @@ def language_samples(folder: Path) -> Decoder:
         path.write_bytes(data)
         found = read_samples(path)
         lines = [json.loads(line) for line in as_text(data).split("\n") if line.strip()]
-        assert found == [(line["prompt"], line["answer"]) for line in lines]
+        assert found == [(line["prompt"], line["answer"], tuple(line.get("others", []))) for line in lines]
 
     samples = [{"prompt": f"rank\n- oak \u2028 {n}", "answer": "oak"} for n in range(3)]
-    return Decoder((b"\n".join(map(encoded, samples)), b'{"prompt":"a\xe2\x80\xa8b","answer":"b"}\n\n'), read)
+    choices = [{**sample, "others": ["elm", "ash"]} for sample in samples]
+    both = tuple(b"\n".join(map(encoded, some)) for some in (samples, choices))
+    return Decoder((*both, b'{"prompt":"a\xe2\x80\xa8b","answer":"b"}\n\n'), read)
 
 
 @decoder

@@ -27,7 +27,7 @@ from common.config import RunConfig, load_toml
 from common.errors import ConfigError, DataError, ModelError, ParcelError, VectorError
 from common.kit import read_kit
 from common.language.adapters import load_adapter
-from common.language.samples import read_samples
+from common.language.samples import Sample, read_samples
 from common.models.base import weight_files
 from common.orders import PAYLOAD_TYPE, Order
 from common.signing import SigningKey, seal
@@ -261,4 +261,4 @@ def test_an_adapter_whose_alpha_no_float_can_hold(tmp_path: Path) -> None:
 
 def test_a_line_separator_within_a_sample(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt":"a\u2028b","answer":"c"}\n', encoding="utf-8")
-    assert read_samples(tmp_path / "x.jsonl") == [("a\u2028b", "c")]
+    assert read_samples(tmp_path / "x.jsonl") == [Sample("a\u2028b", "c")]

@@ -24,8 +24,8 @@ from tests.unit.language.conftest import build_causal
 
 LORA = LoraSection(rank=4, alpha=8.0, dropout=0.0, modules=("q_proj", "v_proj", "up_proj"))
 PRIVATE: dict[str, list[Sample]] = {
-    "tea": [("tea\n", "cup"), ("tea pot\n", "lamp"), ("oak\n", "table")],
-    "toys": [("boat\n", "train"), ("car\n", "bike"), ("duck\n", "drum")],
+    "tea": [Sample("tea\n", "cup"), Sample("tea pot\n", "lamp"), Sample("oak\n", "table")],
+    "toys": [Sample("boat\n", "train"), Sample("car\n", "bike"), Sample("duck\n", "drum")],
 }
 OPTIONS = EvolutionOptions(
     ratio_iterations=2, scale_iterations=8, population=6, ratio_penalty=0.01, scale_penalty=0.01, sigma=0.2

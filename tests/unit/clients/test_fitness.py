@@ -12,6 +12,7 @@ from common.config import LoraSection
 from common.errors import DataError, PolicyError
 from common.language.adapters import adapter_tensors
 from common.language.pool import Candidate, Pool
+from common.language.samples import Sample
 from common.language.scoring import answer_losses
 from tests.unit.language.conftest import build_causal
 
@@ -45,9 +46,9 @@ def pool(base):
 
 
 USERS = [
-    UserSamples("u1", (("tea\n", "cup"), ("tea pot\n", "lamp and table"))),
-    UserSamples("u2", (("boat\n", "train"),)),
-    UserSamples("u3", (("oak\n", "table"), ("car\n", "bike"))),
+    UserSamples("u1", (Sample("tea\n", "cup"), Sample("tea pot\n", "lamp and table"))),
+    UserSamples("u2", (Sample("boat\n", "train"),)),
+    UserSamples("u3", (Sample("oak\n", "table"), Sample("car\n", "bike"))),
 ]
 
 
@@ -62,7 +63,8 @@ def expected(lm, pool, candidate, clip=10.0):
     total = 0.0
     for user in USERS:
         with torch.no_grad():
-            total += min(float(answer_losses(lm, user.samples).double().mean()), clip)
+            losses_N = answer_losses(lm, [sample[:2] for sample in user.samples])
+            total += min(float(losses_N.double().mean()), clip)
     return total / len(USERS)
 
 
@@ -150,3 +152,18 @@ def test_too_few_users_or_users_without_samples_answer_nothing(lm, pool, tmp_pat
         answers(lm, pool, tmp_path, min_users=4)
     with pytest.raises(DataError, match="no samples"):
         answers(lm, pool, tmp_path, users=[*USERS, UserSamples("u4", ())])
+
+
+def test_choices_cost_answers_of_their_own(lm, pool, tmp_path):
+    whole = answers(lm, pool, tmp_path)
+    first = whole(ONE)
+    choices = [
+        UserSamples(user.user, tuple(sample._replace(others=("duck", "oak")) for sample in user.samples))
+        for user in USERS
+    ]
+    asked = answers(lm, pool, tmp_path, users=choices)
+    assert asked.left == whole.left
+    chosen = asked(ONE)
+    assert asked.left == whole.left - 1
+    assert chosen != first
+    assert answers(lm, pool, tmp_path)(ONE) == first

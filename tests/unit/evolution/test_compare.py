@@ -13,6 +13,7 @@ from common.language.model import load_causal
 from common.language.pool import Candidate, Pool
 from common.language.prompts import Template
 from common.language.records import Ranking
+from common.language.samples import Sample
 from common.language.scoring import answer_losses, first_token_entropies
 from common.models.base import model_digest
 from server.evolution.compare import METHODS, compare
@@ -25,12 +26,13 @@ from tests.unit.language.conftest import build_causal
 
 LORA = LoraSection(rank=4, alpha=8.0, dropout=0.0, modules=("q_proj", "v_proj", "up_proj"))
 SAMPLES = [
-    ("tea\n", "cup"),
-    ("tea pot\n", "lamp"),
-    ("boat\n", "train"),
-    ("oak\n", "table"),
-    ("car\n", "bike"),
+    Sample("tea\n", "cup"),
+    Sample("tea pot\n", "lamp"),
+    Sample("boat\n", "train"),
+    Sample("oak\n", "table"),
+    Sample("car\n", "bike"),
 ]
+CHOICES = [sample._replace(others=("duck", "drum and box")) for sample in SAMPLES]
 QUICK = EvolutionOptions(
     ratio_iterations=3, scale_iterations=12, population=8, ratio_penalty=0.01, scale_penalty=0.01, sigma=0.15
 )
@@ -77,8 +79,32 @@ def test_scoring_is_the_mean_loss_of_the_answers(scoring, lm, pool, adapters):
     (found,) = scoring.losses([alone("good", pool)])
     lm.set_adapter(adapters["good"])
     with torch.no_grad():
-        expected = torch.cat([answer_losses(lm, [sample]) for sample in SAMPLES]).double().mean()
+        expected = torch.cat([answer_losses(lm, [sample[:2]]) for sample in SAMPLES]).double().mean()
     assert found == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_choices_are_scored_by_the_probability_of_the_answer_among_them(lm, base, pool, adapters):
+    fitness = ScoringFitness(lm, LORA, pool, model_digest(base), CHOICES, batch_size=2)
+    (found,) = fitness.losses([alone("good", pool)])
+    lm.set_adapter(adapters["good"])
+    losses = []
+    for prompt, *rest in CHOICES:
+        answers = [rest[0], *rest[1]]
+        likelihoods = []
+        for answer, ids in zip(answers, lm.encode_answers(prompt, answers), strict=True):
+            with torch.no_grad():
+                mean = -answer_losses(lm, [(prompt, answer)]).double()
+            likelihoods.append(float(mean) * len(ids))
+        losses.append(-float(torch.tensor(likelihoods).log_softmax(0)[0]))
+    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    nothing = ScoringFitness(lm, LORA, pool, model_digest(base), [CHOICES[0]], batch_size=2)
+    assert nothing.key != fitness.key
+
+
+def test_a_choice_can_be_tuned_by_gradients(lm, base):
+    start = initial_adapter(adapter_tensors(base, LORA), 0)
+    _, facts = tune_lora(lm, LORA, start, CHOICES * 2, Tuning(epochs=4, batch_size=4))
+    assert facts["held_back_loss"]["tuned"] < facts["held_back_loss"]["untuned"] - 0.1
 
 
 def test_a_good_adapter_among_bad_ones_wins(scoring, pool, tmp_path):
@@ -110,7 +136,7 @@ def test_agreement_is_zero_for_the_teacher_and_small_for_what_is_like_it(lm, bas
 
 
 def test_entropy_is_that_of_the_first_answer_tokens(lm, base, pool, adapters):
-    prompts = [prompt for prompt, _ in SAMPLES]
+    prompts = [sample.prompt for sample in SAMPLES]
     fitness = EntropyFitness(lm, LORA, pool, model_digest(base), prompts, tokens=2)
     (found,) = fitness.losses([alone("bad", pool)])
     lm.set_adapter(adapters["bad"])
@@ -154,7 +180,7 @@ def test_the_table_has_every_method_and_goes_on_where_it_stopped(base, adapters,
         measured.append(model)
         if len(measured) == 12:
             raise Stop
-        return {"first": float(answer_losses(model, SAMPLES[:1]).detach().mean())}
+        return {"first": float(answer_losses(model, [SAMPLES[0][:2]]).detach().mean())}
 
     def table():
         return compare(

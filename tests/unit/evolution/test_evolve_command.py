@@ -106,6 +106,13 @@ def test_the_command_refuses_what_cannot_be(base, adapters, samples, tmp_path):
         ("{", "line 1: expected"),
         ('{"prompt": "a", "answer": " "}\n', "line 1: prompt or answer is empty"),
         ("\n", "no samples"),
+        ('{"prompt": "a", "answer": "b", "others": "c"}', "line 1: `others` is not a list of texts"),
+        ('{"prompt": "a", "answer": "b", "others": ["c", " "]}', "line 1: `others` is not a list of texts"),
+        ('{"prompt": "a", "answer": "b", "others": ["c", "b"]}', "line 1: an answer occurs twice"),
+        (
+            '{"prompt": "a", "answer": "b", "others": ["c"]}\n{"prompt": "a", "answer": "b"}',
+            "jsonl: 1 of 2 samples have other answers",
+        ),
     ],
 )
 def test_samples_that_are_none(tmp_path, text, said):

@@ -11,6 +11,7 @@ from common.config import RunConfig, validate
 from common.errors import ConfigError, DataError
 from common.language.prompts import FOLDER, Template, template_names
 from common.language.records import Ranking, YesNo
+from common.language.samples import Sample
 
 RANKING = Ranking("u", ("{braces}", "tea"), ("lamp", "pot", "50% cup", "mug"), target=2)
 
@@ -36,6 +37,18 @@ def test_answers_name_so_many_titles() -> None:
     assert Template.load("next").ranking_answer(RANKING) == "50% cup"
     with pytest.raises(DataError, match="without a target"):
         template.ranking_answer(Ranking("u", (), ("a", "b"), None))
+
+
+def test_a_choice_names_the_other_candidates() -> None:
+    template = Template.load("next")
+    prompt, whole = template.ranking_prompt(RANKING), template.ranking_answer(RANKING)
+    assert template.sample(RANKING) == Sample(prompt, whole)
+    answer, *others = (template.candidate_answers(RANKING)[n] for n in (2, 0, 1, 3))
+    assert template.sample(RANKING, "choice") == Sample(prompt, answer, tuple(others))
+    several = Template.load("ranking").sample(RANKING, "choice")
+    assert several.answer == "50% cup\n"  # more titles follow
+    with pytest.raises(DataError, match="without a target"):
+        template.sample(Ranking("u", (), ("a", "b"), None), "choice")
 
 
 def own(tmp_path: Path, old: str, new: str) -> Path:
