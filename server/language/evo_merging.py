@@ -34,7 +34,7 @@ class MethodOptions(EvolutionOptions, Options):
     """Options of `evo-merging` in a run."""
 
     fitness: Literal["agreement", "entropy", "scoring", "domains"] = "agreement"
-    samples: str = Field("", description="scoring: JSON lines of prompt and answer, a file of the server's")
+    samples: str = Field("", description="scoring: labelled prompts as JSON lines, a file of the server's")
     samples_sha256: str = Field("", description="of that file; a run fixes it when it is created")
     prompts: int = Field(50, ge=1, description="pseudo-users' prompts, over all domains")
     history_items: int = Field(5, ge=1, description="a pseudo-user's history has one to so many items")
