@@ -54,7 +54,7 @@ class ConfluenceOptions(Options):
 
     rule: Literal[tuple(rules())] = "iso-c"  # type: ignore[valid-type]
     rounds: Annotated[int, Field(ge=0, le=100)] = 4
-    steps: Annotated[int, Field(ge=0, le=100_000)] = 100
+    steps: Annotated[int, Field(ge=0, le=100_000)] = 300
     learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-4
     history_length: Annotated[int, Field(ge=1, le=50)] = 5
     probes: Annotated[int, Field(ge=1)] = 200  # held-back pseudo-users of a domain, at most
