@@ -95,7 +95,7 @@ class Answers:
     def __call__(self, candidate: Candidate) -> int:
         """The domain's loss with this candidate, in thousandths. Raises PolicyError with the budget spent."""
         asked = {"adapters": self._pool.digests, "candidate": asdict(candidate)}
-        digest = json_digest({**asked, "objective": "choice"} if self._validation.is_choice else asked)
+        digest = json_digest({**asked, "choice": self._validation.is_choice})
         if digest not in self._given:
             if self.left <= 0:
                 raise PolicyError(

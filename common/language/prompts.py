@@ -126,11 +126,10 @@ class Template(Frozen):
 
         Raises DataError without a target.
         """
-        prompt, answer = self.ranking_prompt(ranking), self.ranking_answer(ranking)
-        if objective == "answer" or ranking.target is None:
-            return Sample(prompt, answer)
-        others = self.candidate_answers(ranking)
-        answer = others.pop(ranking.target)
+        prompt = self.ranking_prompt(ranking)
+        if objective == "answer":
+            return Sample(prompt, self.ranking_answer(ranking))
+        answer, *others = self.candidate_answers(replace(ranking, candidates=ranking.best_first()))
         return Sample(prompt, answer, tuple(others))
 
     def candidate_answers(self, ranking: Ranking) -> list[str]:

@@ -14,7 +14,7 @@ from common.language.pool import Candidate, Pool
 from common.language.prompts import Template
 from common.language.records import Ranking
 from common.language.samples import Sample
-from common.language.scoring import answer_losses, first_token_entropies
+from common.language.scoring import answer_losses, first_token_entropies, whole_log_likelihoods
 from common.models.base import model_digest
 from server.evolution.compare import METHODS, compare
 from server.evolution.evolve import evolve
@@ -83,22 +83,25 @@ def test_scoring_is_the_mean_loss_of_the_answers(scoring, lm, pool, adapters):
     assert found == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_choices_are_scored_by_the_probability_of_the_answer_among_them(lm, base, pool, adapters):
-    fitness = ScoringFitness(lm, LORA, pool, model_digest(base), CHOICES, batch_size=2)
+@pytest.mark.parametrize("end", ["", "\n"])  # after a line break more titles come, and no end of the text
+def test_choices_are_scored_by_the_probability_of_the_answer_among_them(
+    scoring, lm, base, pool, adapters, end
+):
+    choices = [Sample(p, answer + end, tuple(one + end for one in others)) for p, answer, others in CHOICES]
+    fitness = ScoringFitness(lm, LORA, pool, model_digest(base), choices, batch_size=2)
     (found,) = fitness.losses([alone("good", pool)])
     lm.set_adapter(adapters["good"])
     losses = []
-    for prompt, *rest in CHOICES:
-        answers = [rest[0], *rest[1]]
+    for prompt, answer, others in choices:
         likelihoods = []
-        for answer, ids in zip(answers, lm.encode_answers(prompt, answers), strict=True):
+        for ids in lm.encode_answers(prompt, [answer, *others], end=not end):
+            assert (ids[-1] in lm.eos_ids) == (not end)
             with torch.no_grad():
-                mean = -answer_losses(lm, [(prompt, answer)]).double()
+                mean = whole_log_likelihoods(lm, [lm.encode(prompt)], [ids])
             likelihoods.append(float(mean) * len(ids))
         losses.append(-float(torch.tensor(likelihoods).log_softmax(0)[0]))
     assert found == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    nothing = ScoringFitness(lm, LORA, pool, model_digest(base), [CHOICES[0]], batch_size=2)
-    assert nothing.key != fitness.key
+    assert fitness.key != scoring.key
 
 
 def test_a_choice_can_be_tuned_by_gradients(lm, base):
