@@ -27,6 +27,10 @@ weights of that size: seconds and peak memory against N. `--large` merges two fi
     python -m benchmarks.merge_command --size full --peers .venv-peers/bin/python --out runs/merge.json
     python -m benchmarks.merge_command --size full --counts 2,4,8,16,32 --out runs/merge_n.json
     python -m benchmarks.merge_command --large --out runs/merge_large.json    # 18 GB of disk
+
+All of these are of one process. `--workers 2` (with `--large`, too) compares merges by so many with merges
+by one, with the copy by one process, and with as many copies at once, each of a share of every file: seconds
+by the clock, on as many processors as the machine has.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ from benchmarks.measure import (
 )
 from benchmarks.model_folders import link_copy, make_base, make_bert, make_copy, weight_files
 from common.models.base import resolve_base
+from server.engine.forks import in_processes
 
 LAMBDA = 0.3
 PIECE_BYTES = 1 << 20
@@ -101,11 +106,11 @@ def our_command() -> list[str]:
     return [str(script), "merge"] if script.exists() else [sys.executable, "-m", "server.engine.cli"]
 
 
-def ours(command: Sequence[str], folders: Folders, method: str) -> list[str]:
-    """The command line of our merge."""
+def ours(command: Sequence[str], folders: Folders, method: str, workers: int = 1) -> list[str]:
+    """The command line of our merge, by so many processes."""
     models = [word for model in folders.models for word in ("--model", str(model))]
     where = ["--base", str(folders.base), *models, "--out", str(folders.work / "ours")]
-    return [*command, *where, "--method", method]
+    return [*command, *where, "--method", method, "--workers", str(workers)]
 
 
 def mergekit(python: Path, folders: Folders, method: str) -> list[str]:
@@ -123,10 +128,11 @@ def mergekit(python: Path, folders: Folders, method: str) -> list[str]:
     return [*command, "--num-threads", "1", "--quiet"]
 
 
-def copy_once(folders: Folders, copies: ExitStack) -> None:
+def copy_once(folders: Folders, copies: ExitStack, share: int = 0, of: int = 1) -> None:
     """The copy that is the measure of bandwidth: read every input, write one model's bytes to a new file.
 
-    Closing `copies` frees the file: to do so takes as long as half the copy, and no command has to.
+    Of every file share `share` of `of` alone. Closing `copies` frees the new file: to do so takes as long as
+    half the copy, and no command has to.
     """
     buffer = memoryview(bytearray(PIECE_BYTES))
     from_base = len(weight_files(folders.base))
@@ -137,12 +143,21 @@ def copy_once(folders: Folders, copies: ExitStack) -> None:
         target = tempfile.TemporaryFile(dir=folders.work, buffering=0)  # noqa: SIM115 - `copies` closes it
         copies.callback(target.close)
         for number, path in enumerate(folders.inputs):
+            size_bytes = path.stat().st_size
+            left = size_bytes * (share + 1) // of - size_bytes * share // of
             with path.open("rb", buffering=0) as source:
-                while size := source.readinto(buffer):
+                source.seek(size_bytes * share // of)
+                while size := source.readinto(buffer[:left]):
+                    left -= size
                     if number < from_base:
                         target.write(buffer[:size])
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def copy_shares(folders: Folders, copies: ExitStack, count: int) -> None:
+    """As many copies at once, each of its share."""
+    in_processes([partial(copy_once, folders, copies, share, count) for share in range(count)])
 
 
 def check_task_arithmetic(command: Sequence[str], folders: Folders, out: Path) -> float:
@@ -296,6 +311,45 @@ def sweep(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     return {"rows": rows, "slopes": lines, "model_bytes": model_bytes}
 
 
+def spread(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
+    """Merges by several workers against merges by one, and against copies."""
+    folders, count = replace(folders, pinned=False), options.workers
+    tiny_base = make_bert(folders.work / "tiny", layers=2, hidden=32)
+    tiny_models = [make_copy(tiny_base, folders.work / f"tiny-{seed}", seed) for seed in range(2)]
+    tiny = Folders(tiny_base, tiny_models, folders.work, pinned=False)
+    out, rows = folders.work / "ours", []
+    for method in options.methods:
+        progress(f"{method}: {options.repeats} turns")
+
+        def merge(workers: int, some: Folders = folders, method: str = method) -> None:
+            merge_once(ours(options.ours, some, method, workers), out, some)
+
+        with ExitStack() as copies:
+            calls: dict[str, Callable[[], object]] = {
+                "copy": partial(copy_once, folders, copies),
+                "copies": partial(copy_shares, folders, copies, count),
+                "start": partial(merge, 1, tiny),
+                "one": partial(merge, 1),
+                "several": partial(merge, count),
+            }
+            found = medians(take_turns_by(CLOCKS[:1], calls, options.repeats)[0])
+        rest_s = found["several"] - found["start"]
+        peak_bytes = json.loads((out / "merge.json").read_text())["peak_memory_bytes"]
+        rows.append(
+            {
+                "method": method,
+                **{f"{name}, s": seconds for name, seconds in found.items()},
+                "one / several": found["one"] / found["several"],
+                "copy / (one - start)": found["copy"] / (found["one"] - found["start"]),
+                "copy / (several - start)": found["copy"] / rest_s,
+                "copies / (several - start)": found["copies"] / rest_s,
+                "peak MB": peak_bytes / 1e6,
+            }
+        )
+    _show(f"{len(folders.models)} models by {count} workers", rows)
+    return {"rows": rows}
+
+
 def large(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     """One merge of each method, and copies before and after; the peak memory is what counts."""
     model_bytes = sum(path.stat().st_size for path in weight_files(folders.base))
@@ -363,7 +417,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folders = make_folders(options, Path(name))
-        measure = large if options.large else sweep if options.counts else compare
+        measure = (
+            spread if options.workers else large if options.large else sweep if options.counts else compare
+        )
         found = measure(options, folders)
     words = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
     return {"benchmark": "merge_command", "machine": machine(numpy=np.__version__), "options": words, **found}
@@ -389,6 +445,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unpinned", action="store_true", help="on any processor, where others work too")
     parser.add_argument("--large", action="store_true", help="peak memory of a large model in shards")
     parser.add_argument("--large-gb", type=float, default=3.0)
+    parser.add_argument("--workers", type=int, help="compare merges by so many processes with merges by one")
     parser.add_argument("--work", type=Path, help="where folders are made (default: the temporary folder)")
     parser.add_argument("--out", type=Path, help="where the record goes, as JSON")
     options = parser.parse_args(arguments)

@@ -40,6 +40,11 @@ EPILOG = "Without a server and without a network. docs/merging.md has examples."
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; base: as the base has it.")
 @click.option("--seed", type=int, help="Of learned methods, and of methods that draw.")
 @click.option("--device", type=click.Choice(DEVICES), help="For methods that need catalogs.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes at most, for methods that read blocks; default: one for each processor.",
+)
 @click.option("--force", is_flag=True, help="Replace a merged folder that exists.")
 @click.option("--no-digests", is_flag=True, help="Do not compute the inputs' SHA-256 for the card.")
 @click.option("--format", "shown_as", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -49,6 +54,7 @@ def merge(
     out: Path | None,
     force: bool,
     no_digests: bool,
+    workers: int | None,
     shown_as: str,
     explain: str | None,
     **flags: Any,
@@ -59,11 +65,18 @@ def merge(
             _explain(explain, shown_as)
             return
         found = _recipe(recipe, out, flags)
+        from server.engine.forks import default_workers
         from server.engine.run import merge_folders
 
         try:
             with progress_bars() as report:
-                record = merge_folders(found, force=force, digests=not no_digests, report=report)
+                record = merge_folders(
+                    found,
+                    force=force,
+                    digests=not no_digests,
+                    workers=workers or default_workers(),
+                    report=report,
+                )
         except KeyboardInterrupt:
             click.echo("what is done is kept: the same command goes on from there", err=True)
             raise

@@ -7,11 +7,9 @@ or three for methods that need thresholds) writes the weights; the base's config
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from common.progress import NO_REPORT, Report
 from server.engine import card
 from server.engine.digests import Digests
 from server.engine.inputs import Inputs, check_memory, check_out, check_settings, merge_key
+from server.engine.passes import write_merge
 from server.engine.recipe import Recipe
-from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging, check_space, copy_companions
-from server.engine.stream import FolderVectors, Reader
+from server.engine.stream import Reader
 from server.engine.writing import WeightWriter
 from server.folders import FLOATS, is_adapter
-from server.merging import Method, find, prepare, unknown_name
+from server.merging import Method, find, unknown_name
 from server.merging._vectors import BLOCK_VALUES, Floats
 
 SCHEMA_VERSION = 1
@@ -38,11 +36,12 @@ _CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @named_os_errors()
 def merge_folders(
-    recipe: Recipe, *, force: bool = False, digests: bool = True, report: Report = NO_REPORT
+    recipe: Recipe, *, force: bool = False, digests: bool = True, workers: int = 1, report: Report = NO_REPORT
 ) -> dict[str, Any]:
     """Merge by `recipe` into the folder `recipe.out`; returns the content of its `merge.json`.
 
     force: replace an output folder that exists. digests: SHA-256 of the inputs for the card.
+    workers: processes at most, for methods that read blocks.
     Raises ConfigError (recipe, options, output), ModelError and BaseMismatchError (folders), VectorError
     (naming file and tensor), DataError (catalogs), StorageError (a disk that is full, a file that may not be
     read or written).
@@ -69,6 +68,7 @@ def merge_folders(
         with writer, inputs.vectors() as vectors:
             inputs.check_buffers(vectors.reader)
             found: dict[str, Any] = {"coefficients": {}}
+            others_bytes = 0
             catalogs: dict[str, dict[str, str]] = {}
             if with_catalogs:
                 from server.engine.learned import learn_vector
@@ -80,7 +80,7 @@ def merge_folders(
                 _write_vector(inputs, learned.vector, vectors.reader, writer)
             elif method is not None:
                 with np.errstate(over="ignore", invalid="ignore"):  # every result is looked at
-                    _write_merge(method, options, vectors, stage, writer, report)
+                    others_bytes = write_merge(method, options, vectors, stage, writer, report, workers)
             _copy_buffers(inputs, vectors.reader, writer)
             writer.write_indexes()
             is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
@@ -96,7 +96,7 @@ def merge_folders(
             "warnings": inputs.warnings,
             "resumed_tensors": stage.done_tensors,
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": card.peak_memory_bytes(),
+            "peak_memory_bytes": card.peak_memory_bytes() + others_bytes,
             "bytes_read": vectors.reader.bytes_read,
             "bytes_written": writer.bytes_written,
             "mb_per_s": round((vectors.reader.bytes_read + writer.bytes_written) / seconds / 1e6, 1),
@@ -159,33 +159,6 @@ def _resolve(method: Method, recipe: Recipe) -> dict[str, Any]:
     if "seed" in options and "seed" not in recipe.options:
         options["seed"] = recipe.seed
     return options
-
-
-def _write_merge(
-    method: Method,
-    options: Mapping[str, Any],
-    vectors: FolderVectors,
-    stage: Staging,
-    writer: WeightWriter,
-    report: Report,
-) -> None:
-    """Merge tensor by tensor, from where the journal says that an interrupted merge stopped."""
-    kernel = prepare(method, vectors, options)
-    if stage.done_tensors:
-        vectors.seen = Seen(**stage.state)
-    vectors.first = stage.done_tensors
-    place = {name: number for number, name in enumerate(vectors.shapes)}
-    flushed = writer.bytes_written
-    for block in vectors.blocks(method.unit):
-        last = block.start + block.tau_NX.shape[1]
-        writer.add(block.name, block.start, vectors.base_X, kernel(block).reshape(-1))
-        done = place[block.name] + 1
-        if last == math.prod(block.shape):
-            report(phase="merge", step=done, total=len(place))
-            if writer.bytes_written - flushed >= CHECKPOINT_BYTES:
-                writer.flush()
-                flushed = writer.bytes_written
-                stage.checkpoint(done, asdict(vectors.seen))
 
 
 def _write_vector(inputs: Inputs, vector: Mapping[str, Floats], reader: Reader, writer: WeightWriter) -> None:

@@ -30,6 +30,17 @@ class Seen:
         self.print_N[vector] = hash((self.print_N[vector], squares))
         self.squares_N[vector] += squares
 
+    def followed_by(self, parts: Sequence[Seen]) -> Seen:
+        """With what others noticed in the blocks after these."""
+        total = Seen(list(self.changed_N), list(self.print_N), list(self.squares_N), self.base_squares)
+        for part in parts:
+            for vector, mark in enumerate(part.print_N):
+                total.changed_N[vector] = total.changed_N[vector] or part.changed_N[vector]
+                total.print_N[vector] = hash((total.print_N[vector], mark))
+                total.squares_N[vector] += part.squares_N[vector]
+            total.base_squares += part.base_squares
+        return total
+
     def warnings(self, labels: Sequence[str], weight_N: Sequence[float]) -> list[str]:
         """Zero vectors, equal vectors, and models that seem to be of another base."""
         found = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
 from server.merging._vectors import BLOCK_VALUES, Block, Floats
 
+Unit = Literal["block", "tensor"]
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 RUN_VALUES = 1024  # of a sample: values that are read together
 MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21
@@ -81,8 +83,7 @@ class FolderVectors:
     """The `Vectors` of `server.merging` over folders: N models on one base.
 
     models: label -> where that model has each tensor of the base (`folders.match_model`). weights: a factor
-    on each task vector. `first` is the number of tensors that `blocks` leaves out (they are merged already).
-    `base_X` holds the base's values of the block that `blocks` gave last.
+    on each task vector. `base_X` holds the base's values of the block that was given last.
     """
 
     def __init__(
@@ -93,7 +94,6 @@ class FolderVectors:
         self._labels = list(models)
         self.weight_N = list(weights)
         self.reader = Reader()
-        self.first = 0
         self.base_X: Floats = np.empty(0, np.float32)
         self.seen = Seen.nothing(len(models))
 
@@ -113,20 +113,32 @@ class FolderVectors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {tensor.name: tensor.shape for tensor in self._base}
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
-        sizes = [tensor.size for tensor in self._base[self.first :]]
-        widest = max([1, *sizes]) if unit == "tensor" else BLOCK_VALUES
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
+        return self.share(range(len(self._base)), 0, 1, unit)
+
+    def block_count(self, tensors: range, unit: Unit = "block") -> int:
+        """How many blocks the tensors at these places have."""
+        if unit == "tensor":
+            return sum(1 for place in tensors if self._base[place].size)
+        return sum(-(-self._base[place].size // BLOCK_VALUES) for place in tensors)
+
+    def share(self, tensors: range, number: int, of: int, unit: Unit = "block") -> Iterator[Block]:
+        """The blocks of the tensors at these places, cut into `of` equal shares of neighbours: one share."""
+        widest = BLOCK_VALUES
+        if unit == "tensor":
+            widest = max([1, *(self._base[place].size for place in tensors)])
         count = len(self._labels)
         buffer = np.empty(count * widest, np.float32)
         base_buffer = np.empty(widest, np.float32)
-        for place in range(self.first, len(self._base)):
+        parts = ((place, start) for place in tensors for start in range(0, self._base[place].size, widest))
+        total = self.block_count(tensors, unit)
+        for place, start in islice(parts, number * total // of, (number + 1) * total // of):
             tensor = self._base[place]
-            for start in range(0, tensor.size, widest):
-                width = min(widest, tensor.size - start)
-                self.base_X = base_buffer[:width]
-                tau_NX = buffer[: count * width].reshape(count, width)
-                self._fill(place, start, tau_NX)
-                yield Block(tensor.name, tensor.shape, start, tau_NX, self._labels)
+            width = min(widest, tensor.size - start)
+            self.base_X = base_buffer[:width]
+            tau_NX = buffer[: count * width].reshape(count, width)
+            self._fill(place, start, tau_NX)
+            yield Block(tensor.name, tensor.shape, start, tau_NX, self._labels)
 
     def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
         base_buffer = np.empty(BLOCK_VALUES, np.float32)

@@ -115,6 +115,14 @@ def test_a_peer_that_writes_nothing_is_found_out(tmp_path: Path) -> None:
         merge_command.check_task_arithmetic(["mkdir", str(tmp_path / "out")], folders, tmp_path / "out")
 
 
+def test_merge_command_by_workers(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    merge_command.main(["--workers", "2", "--methods", "dare", "--work", str(tmp_path), "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["copies, s"] > 0
+    assert row["one / several"] > 0
+
+
 def test_merge_command_large(tmp_path: Path) -> None:
     base = model_folders.make_bert(tmp_path / "base", layers=3, hidden=32, shard_bytes=60_000)
     shards = model_folders.weight_files(base)

@@ -237,9 +237,9 @@ class _Stop:
 def test_an_interrupted_merge_goes_on(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.engine import run
+    from server.engine import passes
 
-    monkeypatch.setattr(run, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(passes, "CHECKPOINT_BYTES", 1)
     merge_folders(of(family, tmp_path / "whole"))
     stopped = of(family, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
@@ -258,9 +258,9 @@ def test_an_interrupted_merge_goes_on(
 def test_other_inputs_begin_anew(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.engine import run
+    from server.engine import passes
 
-    monkeypatch.setattr(run, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(passes, "CHECKPOINT_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         merge_folders(of(family, tmp_path / "out"), report=_Stop())
     write_model(family["toys"], moved(random_tensors(0), 9))
@@ -273,9 +273,9 @@ def test_other_inputs_begin_anew(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from server.engine import run
+from server.engine import passes, run
 from server.engine.recipe import read_recipe
-run.CHECKPOINT_BYTES = 1
+passes.CHECKPOINT_BYTES = 1
 def report(*, phase, step=0, **_):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -363,9 +363,9 @@ def test_loads_as_the_base_does(pico_sentence_model: Path, make_pico: Any, tmp_p
 def test_a_staging_folder_without_its_files_begins_anew(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.engine import run
+    from server.engine import passes
 
-    monkeypatch.setattr(run, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(passes, "CHECKPOINT_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         merge_folders(of(family, tmp_path / "out"), report=_Stop())
     (tmp_path / ".out.merging" / "model.safetensors").unlink()
