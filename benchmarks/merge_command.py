@@ -189,9 +189,7 @@ def compare(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     if options.peers:
         check_task_arithmetic(mergekit(options.peers, folders, "task-arithmetic"), folders, peer_out)
     progress(f"Task Arithmetic agrees with float64: largest error {error:.1e}")
-    tiny_base = make_bert(folders.work / "tiny", layers=2, hidden=32)
-    tiny_models = [make_copy(tiny_base, folders.work / f"tiny-{seed}", seed) for seed in range(2)]
-    tiny = Folders(tiny_base, tiny_models, folders.work, folders.pinned)
+    tiny = make_tiny(folders)
     model_bytes = sum(path.stat().st_size for path in weight_files(folders.base))
     copied_bytes = model_bytes + sum(path.stat().st_size for path in folders.inputs)
     rows = []
@@ -314,9 +312,7 @@ def sweep(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
 def spread(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     """Merges by several workers against merges by one, and against copies."""
     folders, count = replace(folders, pinned=False), options.workers
-    tiny_base = make_bert(folders.work / "tiny", layers=2, hidden=32)
-    tiny_models = [make_copy(tiny_base, folders.work / f"tiny-{seed}", seed) for seed in range(2)]
-    tiny = Folders(tiny_base, tiny_models, folders.work, pinned=False)
+    tiny = make_tiny(folders)
     out, rows = folders.work / "ours", []
     for method in options.methods:
         progress(f"{method}: {options.repeats} turns")
@@ -381,6 +377,13 @@ def large(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     sizes = f"{model_bytes / 1e9:.2f} GB, shards of {shard_bytes / 1e6:.0f} MB"
     _show(f"{len(folders.models)} models of {sizes}", rows)
     return {"rows": rows, "model_bytes": model_bytes, "shard_bytes": shard_bytes}
+
+
+def make_tiny(folders: Folders) -> Folders:
+    """Two models of a few KB: what is left of a merge's time is the start."""
+    base = make_bert(folders.work / "tiny", layers=2, hidden=32)
+    models = [make_copy(base, folders.work / f"tiny-{seed}", seed) for seed in range(2)]
+    return Folders(base, models, folders.work, folders.pinned)
 
 
 def make_folders(options: argparse.Namespace, work: Path) -> Folders:
