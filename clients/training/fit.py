@@ -5,7 +5,8 @@
 
 The work folder has one folder for each (configuration, base, data); its `result.json` is the journal: a
 finished fine-tuning is returned, never repeated. Killed at any point and called again, training goes
-on from its last checkpoint and ends with the same tensors as without the kill. The fine-tuned model is
+on from its last checkpoint and ends with the same tensors as without the kill. Of two processes with the same
+fine-tuning one waits for the other. The fine-tuned model is
 `theta_0 + tau` with tau as it was written, codec included: what the server reconstructs, bit for bit.
 With differential privacy (`clients.training.private`) the same holds; what was spent lies beside the vector.
 """
@@ -13,10 +14,13 @@ With differential privacy (`clients.training.private`) the same holds; what was 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,10 +105,24 @@ def fine_tune(
         return finished
     limits.check_run(config)
     privacy = plan_privacy(config, len(domain.user_ids))
-    facts = Privacy() if privacy is None else privacy.facts()
-    limits.check(facts, epsilon_spent)
+    limits.check(_facts(privacy), epsilon_spent)
     report(phase="prepare")
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, report):
+        return _finished(folder) or _train_and_write(
+            domain, base_folder, config, folder, report, device, privacy
+        )
+
+
+def _train_and_write(
+    domain: Domain,
+    base_folder: Path,
+    config: RunConfig,
+    folder: Path,
+    report: Report,
+    device: str | None,
+    privacy: PrivacyPlan | None,
+) -> FitResult:
     if config.instruction is not None:
         from clients.training.language import fine_tune_adapter  # peft is large
 
@@ -125,7 +143,26 @@ def fine_tune(
         kind=kind,
     )
     report(phase="write", step=trained.steps, total=training.max_steps)
-    return write_result(folder, base_folder, config, trained, facts)
+    return write_result(folder, base_folder, config, trained, _facts(privacy))
+
+
+def _facts(privacy: PrivacyPlan | None) -> Privacy:
+    return Privacy() if privacy is None else privacy.facts()
+
+
+@contextmanager
+def _alone(folder: Path, report: Report) -> Iterator[None]:
+    """Hold the folder of a fine-tuning; where another process trains in it, wait until that has ended."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(phase="wait for another process")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _batches(

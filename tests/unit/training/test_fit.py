@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,30 @@ def test_calling_again_trains_nothing(
     reference.vector_path.write_bytes(b"something else")
     with pytest.raises(ModelError, match="journaled"):
         fine_tune(pico_domain, pico_model, pico_config, tmp_path / "reference")
+
+
+def test_of_two_at_once_one_waits_and_trains_nothing(
+    pico_domain: Any, pico_model: Path, pico_config: RunConfig, tmp_path: Path
+) -> None:
+    training, waiting = threading.Event(), threading.Event()
+    phases: list[str] = []
+
+    def trains(*, phase: str, **_: Any) -> None:
+        if phase == "train" and not training.is_set():
+            training.set()
+            assert waiting.wait(60)
+
+    def waits(*, phase: str, **_: Any) -> None:
+        phases.append(phase)
+        if phase.startswith("wait"):
+            waiting.set()
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fine_tune, pico_domain, pico_model, pico_config, tmp_path, trains)
+        assert training.wait(60)
+        second = pool.submit(fine_tune, pico_domain, pico_model, pico_config, tmp_path, waits)
+        assert second.result(120) == first.result(120)
+    assert phases == ["prepare", "wait for another process"]
 
 
 def test_the_folder_depends_on_configuration_base_and_data(
