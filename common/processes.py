@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from common.errors import FederationError
 PR_SET_PDEATHSIG = 1
 MAX_PAUSE_S = 20.0
 STOP_PATIENCE_S = 8.0
+FIRST_PORT, LAST_PORT = 20_000, 32_767
 MEASURE_EVERY_S = 2.0  # each look reads every process of the machine
 
 
@@ -120,15 +122,19 @@ def check_port_free(host: str, port: int, what: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports on 127.0.0.1 that were free a moment ago."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """`count` different ports on 127.0.0.1 that were free a moment ago.
+
+    They lie below those that Linux gives to outgoing connections, one of which could otherwise take a port
+    before the process that is meant to listen there has started.
+    """
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT + 1)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
 
 
 def listens(host: str, port: int) -> bool:

@@ -159,8 +159,21 @@ def test_a_port_in_use_is_named_with_what_wanted_it() -> None:
     assert not listens("127.0.0.1", port)
 
 
-def test_free_ports_differ() -> None:
-    assert len(set(free_ports(8))) == 8
+def test_free_ports_differ_and_no_connection_is_given_one() -> None:
+    found = free_ports(200)
+    assert len(set(found)) == 200
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if given.exists() and int(given.read_text().split()[0]) >= 32_768:  # Linux's own
+        assert max(found) < int(given.read_text().split()[0])
+
+
+def test_a_port_that_is_taken_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_ports(1)[0]))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(processes, "FIRST_PORT", port - 1)
+        monkeypatch.setattr(processes, "LAST_PORT", port + 1)
+        assert set(free_ports(1)) <= {port - 1, port + 1}
 
 
 def test_last_lines(tmp_path: Path) -> None:
