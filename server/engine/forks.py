@@ -34,12 +34,14 @@ def in_processes(works: Sequence[Callable[[], T]]) -> list[T]:
         return [works[0]()]
     from multiprocessing import get_context
 
-    context = get_context("fork")
+    from common.processes import die_with_parent
+
+    context, die_too = get_context("fork"), die_with_parent(os.getpid())
     started: list[tuple[ForkProcess, Connection]] = []
     try:
         for work in works[1:]:
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_answer, args=(work, theirs), daemon=True)
+            process = context.Process(target=_answer, args=(work, theirs, die_too), daemon=True)
             with warnings.catch_warnings():  # of the threads that hash inputs and draw the progress bar
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
@@ -53,8 +55,9 @@ def in_processes(works: Sequence[Callable[[], T]]) -> list[T]:
             mine.close()
 
 
-def _answer(work: Callable[[], T], connection: Connection) -> None:
+def _answer(work: Callable[[], T], connection: Connection, die_too: Callable[[], None]) -> None:
     """Do the work, or send its error back. Ctrl-C is for the parent, which then ends its workers."""
+    die_too()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,9 @@ import numpy.typing as npt
 from common.errors import ModelError, VectorError
 from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
+from server.merging import Unit
 from server.merging._vectors import BLOCK_VALUES, Block, Floats
 
-Unit = Literal["block", "tensor"]
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 RUN_VALUES = 1024  # of a sample: values that are read together
 MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21
