@@ -65,11 +65,13 @@ def take_turns_by(
     *,
     warm_ups: int = 1,
     wait: Callable[[], None] = nothing,
+    ready: Callable[[], object] = nothing,
 ) -> list[Seconds]:
-    """As `take_turns`, the same calls by each of the clocks."""
+    """As `take_turns`, the same calls by each of the clocks; `ready` comes before each and is not timed."""
     seconds: list[Seconds] = [{name: [] for name in contenders} for _ in clocks]
     for turn in range(-warm_ups, repeats):
         for name, call in contenders.items():
+            ready()
             wait()
             started_s = [clock() for clock in clocks]
             call()

@@ -160,6 +160,15 @@ def copy_shares(folders: Folders, copies: ExitStack, count: int) -> None:
     in_processes([partial(copy_once, folders, copies, share, count) for share in range(count)])
 
 
+def touch_memory(size_bytes: int) -> None:
+    """Take so much memory and give it back.
+
+    On a virtual machine, memory that was free for some seconds may belong to the host, and getting it back
+    takes longer than writing a file into it: afterwards all contenders find memory that the machine has.
+    """
+    np.ones(size_bytes, np.uint8)
+
+
 def check_task_arithmetic(command: Sequence[str], folders: Folders, out: Path) -> float:
     """Largest error of a merge, ours or theirs, against float64. Raises AssertionError above rounding."""
     merge_once(command, out, folders)
@@ -314,6 +323,11 @@ def spread(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
     folders, count = replace(folders, pinned=False), options.workers
     tiny = make_tiny(folders)
     out, rows = folders.work / "ours", []
+
+    def ready() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        touch_memory(2 * sum(path.stat().st_size for path in weight_files(folders.base)))
+
     for method in options.methods:
         progress(f"{method}: {options.repeats} turns")
 
@@ -328,7 +342,7 @@ def spread(options: argparse.Namespace, folders: Folders) -> dict[str, Any]:
                 "one": partial(merge, 1),
                 "several": partial(merge, count),
             }
-            found = medians(take_turns_by(CLOCKS[:1], calls, options.repeats)[0])
+            found = medians(take_turns_by(CLOCKS[:1], calls, options.repeats, ready=ready)[0])
         rest_s = found["several"] - found["start"]
         peak_bytes = json.loads((out / "merge.json").read_text())["peak_memory_bytes"]
         rows.append(

@@ -9,7 +9,6 @@ Children are started from the main thread only, because the parent-death signal 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
@@ -27,8 +26,8 @@ from typing import IO, Any
 import psutil
 
 from common.errors import FederationError
+from common.lifetime import die_with_parent
 
-PR_SET_PDEATHSIG = 1
 MAX_PAUSE_S = 20.0
 STOP_PATIENCE_S = 8.0
 FIRST_PORT, LAST_PORT = 20_000, 32_767
@@ -49,19 +48,6 @@ class ProcessSpec:
 def python_module(module: str, *arguments: str) -> list[str]:
     """The command that runs `module` with this interpreter and never imports from the directory it is in."""
     return [sys.executable, "-P", "-m", module, *arguments]
-
-
-def die_with_parent(parent_pid: int) -> Callable[[], None]:
-    """A `preexec_fn` that asks Linux to end the child when its parent thread is gone; elsewhere a no-op."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def ask() -> None:
-        if library is not None:
-            library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent_pid:  # the parent died before the request reached the kernel
-                os._exit(1)
-
-    return ask
 
 
 def spawn(

@@ -1,19 +1,20 @@
-"""Work that is shared among processes forked from this one: nothing is imported or copied for it."""
+"""Work that is shared among processes forked from this one: nothing is imported or copied for it.
+
+Not by `multiprocessing`, whose imports take as long as the merge of eight models of 8 MB.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from common.errors import IsthmusError
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-    from multiprocessing.context import ForkProcess
+from common.lifetime import die_with_parent
 
 MAX_WORKERS = 8
 T = TypeVar("T")
@@ -30,51 +31,73 @@ def in_processes(works: Sequence[Callable[[], T]]) -> list[T]:
     Raises what the first of them that fails raises; IsthmusError where a process was killed. When it
     returns or raises, no process is left. A work must not take locks that other threads may hold.
     """
-    if len(works) == 1:
-        return [works[0]()]
-    from multiprocessing import get_context
-
-    from common.processes import die_with_parent
-
-    context, die_too = get_context("fork"), die_with_parent(os.getpid())
-    started: list[tuple[ForkProcess, Connection]] = []
+    workers: list[_Worker] = []
     try:
         for work in works[1:]:
-            mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_answer, args=(work, theirs, die_too), daemon=True)
-            with warnings.catch_warnings():  # of the threads that hash inputs and draw the progress bar
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            theirs.close()
-            started.append((process, mine))
-        return [works[0](), *(_received(process, mine) for process, mine in started)]
+            workers.append(_Worker(work))
+        return [works[0](), *(worker.answer() for worker in workers)]
     finally:
-        for process, mine in started:
-            process.terminate()
-            process.join()
-            mine.close()
+        for worker in workers:
+            worker.end()
 
 
-def _answer(work: Callable[[], T], connection: Connection, die_too: Callable[[], None]) -> None:
-    """Do the work, or send its error back. Ctrl-C is for the parent, which then ends its workers."""
-    die_too()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+class _Worker:
+    """A forked process that does one work and sends back, pickled, what it returned or raised."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        die_too = die_with_parent(os.getpid())
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():  # of the threads that hash inputs and draw the progress bar
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _do(work, writing, die_too)
+        os.close(writing)
+        self._answer = os.fdopen(reading, "rb")
+        self._ended = False
+
+    def answer(self) -> Any:
+        """What the work returned. Raises what it raised, or IsthmusError where the process was killed."""
+        try:
+            found = pickle.load(self._answer)  # noqa: S301 - from our own fork
+        except (EOFError, pickle.UnpicklingError):
+            raise IsthmusError(
+                f"a worker of the merge ended with exit code {self._wait()}",
+                next_step="it may have run out of memory: merge with fewer workers",
+            ) from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """End the process, if it has not ended itself, and wait until it is gone."""
+        if not self._ended:
+            os.kill(self._pid, signal.SIGTERM)
+            self._wait()
+        self._answer.close()
+
+    def _wait(self) -> int:
+        _, status = os.waitpid(self._pid, 0)
+        self._ended = True
+        return os.waitstatus_to_exitcode(status)
+
+
+def _do(work: Callable[[], Any], writing: int, die_too: Callable[[], None]) -> NoReturn:
+    """The life of a worker. Ctrl-C is for the parent, which then ends its workers.
+
+    Nothing that the parent would do at its end is done here, too, whatever happens.
+    """
     try:
-        connection.send(work())
-    except Exception as err:  # noqa: BLE001 - the parent raises it again
-        connection.send(err)
-
-
-def _received(process: ForkProcess, connection: Connection) -> Any:
-    try:
-        found = connection.recv()
-    except EOFError:
-        process.join()
-        raise IsthmusError(
-            f"a worker of the merge ended with exit code {process.exitcode}",
-            next_step="it may have run out of memory: merge with fewer workers",
-        ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+        die_too()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        found: Any
+        try:
+            found = work()
+        except Exception as err:  # noqa: BLE001 - the parent raises it again
+            found = err
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(found, pipe)
+        os._exit(0)
+    finally:
+        os._exit(1)

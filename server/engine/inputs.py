@@ -70,11 +70,13 @@ class Inputs:
         if len(self.models) == 1:
             self.warnings.append("one model only; the method is applied to it alone")
         seen: dict[Path, str] = {}
+        base = self.base.path.resolve()
         for entry in self.recipe.models:
-            other = seen.setdefault(entry.path.resolve(), entry.label)
+            path = entry.path.resolve()
+            other = seen.setdefault(path, entry.label)
             if other != entry.label:
                 self.warnings.append(f"{entry.label} and {other} are the same folder; it counts twice")
-            if entry.path.resolve() == self.base.path.resolve():
+            if path == base:
                 self.warnings.append(f"{entry.label} is the base itself; its task vector is zero")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from common.errors import VectorError
 from common.progress import Report
 from server.engine import card
 from server.engine.forks import in_processes
@@ -24,7 +25,7 @@ from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging
 from server.engine.stream import ITEM_BYTES, FolderVectors
 from server.engine.writing import WeightWriter
-from server.merging import Kernel, Method, Unit, prepare
+from server.merging import Kernel, Method, prepare
 
 # at least: to start the first takes 50 ms, as long as some ninety blocks of eight models by Task Arithmetic
 BLOCKS_A_WORKER = 100
@@ -59,7 +60,7 @@ def write_merge(
     if stage.done_tensors:
         vectors.seen = Seen(**stage.state)
     peak_bytes, in_blocks = 0, method.unit == "block"
-    share = partial(_share, vectors, writer, method.unit, kernel, report)
+    share = partial(_share, vectors, writer, method, kernel, report)
     with threadpool_limits(1 if in_blocks else None, "blas"):
         for tensors in _rounds(vectors, writer, stage.done_tensors, CHECKPOINT_BYTES * workers):
             count = max(1, min(workers, vectors.block_count(tensors) // BLOCKS_A_WORKER)) if in_blocks else 1
@@ -95,7 +96,7 @@ def _rounds(vectors: FolderVectors, writer: WeightWriter, first: int, round_byte
 def _share(
     vectors: FolderVectors,
     writer: WeightWriter,
-    unit: Unit,
+    method: Method,
     kernel: Kernel,
     report: Report,
     tensors: range,
@@ -104,10 +105,14 @@ def _share(
 ) -> Done:
     """Merge and write share `number` of the blocks of `tensors`; the first tells how far all are."""
     read, written = vectors.reader.bytes_read, writer.bytes_written
-    before = vectors.block_count(range(tensors.start), unit)
-    total = vectors.block_count(range(len(vectors.shapes)), unit)
-    for block in vectors.share(tensors, number, len(blocks_W), unit):
-        writer.add(block.name, block.start, vectors.base_X, kernel(block).reshape(-1))
+    before = vectors.block_count(range(tensors.start), method.unit)
+    total = vectors.block_count(range(len(vectors.shapes)), method.unit)
+    for block in vectors.share(tensors, number, len(blocks_W), method.unit, unchecked=method.linear):
+        try:
+            writer.add(block.name, block.start, vectors.base_X, kernel(block).reshape(-1))
+        except VectorError:  # of the merged values: it may be that a vector's are to blame
+            vectors.check(block)
+            raise
         blocks_W[number] += 1
         if number == 0:
             report(phase="merge", step=before + int(blocks_W.sum()), total=total)

@@ -8,6 +8,7 @@ or three for methods that need thresholds) writes the weights; the base's config
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,8 @@ def merge_folders(
         if not writer.is_staged():
             stage.done_tensors = 0
             check_space(recipe.out, sum(writer.sizes.values()))
+        is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
+        writer.will_flush = is_large and sys.platform == "linux"
         copy_companions(inputs.base, stage.folder, _CONFIG_DTYPES.get(recipe.dtype))
         with writer, inputs.vectors() as vectors:
             inputs.check_buffers(vectors.reader)
@@ -83,7 +86,6 @@ def merge_folders(
                     others_bytes = write_merge(method, options, vectors, stage, writer, report, workers)
             _copy_buffers(inputs, vectors.reader, writer)
             writer.write_indexes()
-            is_large = sum(writer.sizes.values()) > CHECKPOINT_BYTES
             if is_large:
                 writer.flush()
             inputs.warnings += vectors.seen.warnings(vectors.labels, vectors.weight_N)

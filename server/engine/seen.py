@@ -1,4 +1,8 @@
-"""What a merge notices of its vectors while it reads them, and says at the end: nothing is read for it."""
+"""What a merge notices of its vectors while it reads them, and says at the end: nothing is read for it.
+
+Norms are taken of a sample of the blocks. Whether a vector is zero, or equals another, is looked for until it
+is settled that none is and none does, which is mostly in the first block.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,24 @@ class Seen:
 
     changed_N: list[bool]  # whether there is a value other than zero
     print_N: list[int]  # equal vectors have equal prints
-    squares_N: list[float]  # the sum of a vector's squares
+    squares_N: list[float]  # the sum of a vector's squares in the sample
     base_squares: float
 
     @classmethod
     def nothing(cls, count: int) -> Seen:
         return cls([False] * count, [0] * count, [0.0] * count, 0.0)
 
-    def add(self, vector: int, tau_X: Floats, squares: float) -> None:
+    @property
+    def is_settled(self) -> bool:
+        """Whether no vector is zero and no two are equal, whatever else is read."""
+        return all(self.changed_N) and len(set(self.print_N)) == len(self.print_N)
+
+    def add(self, vector: int, tau_X: Floats, squares: float, in_sample: bool = True) -> None:
         """A block of a vector, and the sum of its squares (which may be 0 for tiny values)."""
         self.changed_N[vector] = self.changed_N[vector] or squares > 0 or bool(tau_X.any())
         self.print_N[vector] = hash((self.print_N[vector], squares))
-        self.squares_N[vector] += squares
+        if in_sample:
+            self.squares_N[vector] += squares
 
     def followed_by(self, parts: Sequence[Seen]) -> Seen:
         """With what others noticed in the blocks after these."""

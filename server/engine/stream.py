@@ -22,9 +22,10 @@ from common.errors import ModelError, VectorError
 from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
 from server.merging import Unit
-from server.merging._vectors import BLOCK_VALUES, Block, Floats
+from server.merging._vectors import BLOCK_VALUES, Block, Floats, is_finite
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+MAX_STRIDE, SAMPLED_BLOCKS = 8, 64  # of every eighth block, but of that many, the norms are taken
 RUN_VALUES = 1024  # of a sample: values that are read together
 MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21
 
@@ -96,6 +97,7 @@ class FolderVectors:
         self.reader = Reader()
         self.base_X: Floats = np.empty(0, np.float32)
         self.seen = Seen.nothing(len(models))
+        self._stride = max(1, min(MAX_STRIDE, self.block_count(range(len(self._base))) // SAMPLED_BLOCKS))
 
     def __enter__(self) -> FolderVectors:
         return self
@@ -122,8 +124,13 @@ class FolderVectors:
             return sum(1 for place in tensors if self._base[place].size)
         return sum(-(-self._base[place].size // BLOCK_VALUES) for place in tensors)
 
-    def share(self, tensors: range, number: int, of: int, unit: Unit = "block") -> Iterator[Block]:
-        """The blocks of the tensors at these places, cut into `of` equal shares of neighbours: one share."""
+    def share(
+        self, tensors: range, number: int, of: int, unit: Unit = "block", *, unchecked: bool = False
+    ) -> Iterator[Block]:
+        """The blocks of the tensors at these places, cut into `of` equal shares of neighbours: one share.
+
+        `unchecked`: values that are not finite may be among them; the caller does `check` where it matters.
+        """
         widest = BLOCK_VALUES
         if unit == "tensor":
             widest = max([1, *(self._base[place].size for place in tensors)])
@@ -137,7 +144,7 @@ class FolderVectors:
             width = min(widest, tensor.size - start)
             self.base_X = base_buffer[:width]
             tau_NX = buffer[: count * width].reshape(count, width)
-            self._fill(place, start, tau_NX)
+            self._fill(place, start, tau_NX, unchecked)
             yield Block(tensor.name, tensor.shape, start, tau_NX, self._labels)
 
     def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
@@ -174,16 +181,27 @@ class FolderVectors:
                 self._subtract(places[index], vector, start, found[vector, run], base_X)
         return found
 
-    def _fill(self, place: int, start: int, tau_NX: Floats) -> None:
+    def check(self, block: Block) -> None:
+        """Raises VectorError where a vector of the block that was given last is not finite."""
+        place = next(place for place, tensor in enumerate(self._base) if tensor.name == block.name)
+        for vector, tau_X in enumerate(block.tau_NX):
+            if not is_finite(tau_X):
+                raise self._not_finite(place, vector)
+
+    def _fill(self, place: int, start: int, tau_NX: Floats, unchecked: bool) -> None:
         """Read a block of every vector, and look at each while it is still in the processor's cache."""
         self._read_base(place, start, self.base_X)
-        self.seen.base_squares += float(np.dot(self.base_X, self.base_X))
+        in_sample = (place + start // BLOCK_VALUES) % self._stride == 0
+        if in_sample:
+            self.seen.base_squares += float(np.dot(self.base_X, self.base_X))
+        looks = in_sample or not unchecked or not self.seen.is_settled
         for vector, tau_X in enumerate(tau_NX):
             self._subtract(place, vector, start, tau_X, self.base_X)
-            squares = float(np.dot(tau_X, tau_X))
-            if not math.isfinite(squares) and not bool(np.isfinite(tau_X).all()):
-                raise self._not_finite(place, vector)
-            self.seen.add(vector, tau_X, squares)
+            if looks:
+                squares = float(np.dot(tau_X, tau_X))
+                if not math.isfinite(squares) and not is_finite(tau_X):
+                    raise self._not_finite(place, vector)
+                self.seen.add(vector, tau_X, squares, in_sample)
 
     def _read_base(self, place: int, start: int, base_X: Floats) -> Floats:
         self.reader.read(self._base[place], start, base_X)

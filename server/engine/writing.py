@@ -24,6 +24,7 @@ from server.merging._vectors import BLOCK_VALUES, Floats, is_finite
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 BFLOAT16_LIMIT = (2 - 2**-8) * 2.0**127  # from here on the nearest bfloat16 is infinite
+WRITE_BACK_BYTES = 8 << 20
 NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0, and the smallest of all as a signed integer
 
 
@@ -40,7 +41,8 @@ class WeightWriter:
     """Writes into `folder` what the base's weight files become. `dtype` is one of `recipe.DTYPES`.
 
     As a context manager it keeps the files open. Raises StorageError where the disk is full, VectorError
-    where a merged value is beyond the dtype's range.
+    where a merged value is beyond the dtype's range. `will_flush`: what was written is sent on its way to
+    the disk at once, so that `flush` finds little left to wait for.
     """
 
     def __init__(self, base: ModelFolder, folder: Path, dtype: str) -> None:
@@ -48,6 +50,8 @@ class WeightWriter:
         self.places: dict[str, Place] = {}
         self.sizes: dict[str, int] = {}  # bytes of each file
         self.bytes_written = 0
+        self.will_flush = False
+        self._unsent = ("", 0, 0)  # file, from, to
         self._headers: dict[str, bytes] = {}
         for file in base.files:
             self._plan(file)
@@ -159,11 +163,24 @@ class WeightWriter:
 
     def _write(self, name: str, data: bytes | npt.NDArray[Any], position: int) -> None:
         view = memoryview(data) if isinstance(data, bytes) else data.view(np.uint8).data
+        data_bytes = len(view)
         with storage_errors(self._folder / name):
             while view:
                 done = os.pwrite(self._files[name], view, position)
                 view, position = view[done:], position + done
                 self.bytes_written += done
+        if self.will_flush:
+            self._write_back(name, position - data_bytes, position)
+
+    def _write_back(self, name: str, start: int, end: int) -> None:
+        file, first, last = self._unsent
+        if (file, last) != (name, start):
+            first = start
+        self._unsent = (name, first, end)
+        if end - first >= WRITE_BACK_BYTES:
+            # Linux begins to write such pages to the disk; it frees those alone that are there already
+            os.posix_fadvise(self._files[name], first, end - first, os.POSIX_FADV_DONTNEED)
+            self._unsent = (name, end, end)
 
 
 def item_size(dtype: str) -> int:

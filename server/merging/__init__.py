@@ -17,6 +17,8 @@ A method that is registered with `splits=True` returns `[N, X]` from its kernel:
 plain sum is the merge. Learned coefficients can then start from those vectors (at 1, the merge itself).
 `unit="tensor"` makes each block a whole tensor (for methods on rows or on a matrix: `block.matrices()`),
 `needs="grams"` gives the method the Gram matrices of each layer's inputs as its second argument.
+`linear=True` says that a merged value is not finite where a vector's is not (a plain weighted sum): then
+nobody has to look at each vector for NaN.
 
 Modules whose name starts with an underscore are helpers. Everything is computed in float32 unless a file
 says otherwise.
@@ -93,6 +95,7 @@ class Method:
     unit: Unit
     splits: bool
     needs: Need
+    linear: bool
 
     @property
     def summary(self) -> str:
@@ -124,12 +127,13 @@ def merge_method(
     unit: Unit = "block",
     splits: bool = False,
     needs: Need = "",
+    linear: bool = False,
 ) -> Callable[[PlanT], PlanT]:
     """Register the function as method `name`; `paper` and `equation` say what it computes."""
 
     def register(function: PlanT) -> PlanT:
         _refuse_twice(name, function)
-        _METHODS[name] = Method(name, paper, equation, function, unit, splits, needs)
+        _METHODS[name] = Method(name, paper, equation, function, unit, splits, needs, linear)
         return function
 
     return register

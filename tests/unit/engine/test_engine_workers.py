@@ -17,7 +17,7 @@ import pytest
 from tiny_models import moved, random_tensors, write_model
 
 from common.errors import IsthmusError, VectorError
-from server.engine import passes
+from server.engine import passes, stream
 from server.engine.forks import in_processes
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
@@ -87,6 +87,40 @@ def test_what_lies_in_another_workers_share_is_noticed(family: dict[str, Path], 
     write_model(family["toys"], changed)
     record = merge_folders(of(family, tmp_path / "again", "weight-averaging"), workers=4)
     assert [warning.split()[0] for warning in record["warnings"]] == ["games"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"lambda": 0.0}])
+@pytest.mark.parametrize("whose", ["toys", "base"])
+def test_a_value_outside_the_sample_is_seen_in_the_sum(
+    family: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    value: float,
+    options: dict[str, float],
+    whose: str,
+) -> None:
+    monkeypatch.setattr(stream, "SAMPLED_BLOCKS", 1)  # so of seven blocks the first alone
+    broken = random_tensors(0, SHAPES)
+    if whose != "base":
+        broken = moved(broken, 2)
+    broken["c"][-1] = value
+    write_model(family[whose], broken)
+    recipe = of(family, tmp_path / "out", "task-arithmetic", options=options)
+    with pytest.raises(VectorError, match=rf"{whose}.*tensor 'c' holds NaN"):
+        merge_folders(recipe, workers=workers)
+
+
+def test_a_model_of_another_base_is_told_by_a_sample(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SAMPLED_BLOCKS", 2)
+    write_model(family["toys"], random_tensors(9, SHAPES))
+    records = [merge_folders(of(family, tmp_path / f"by-{n}", "weight-averaging"), workers=n) for n in (1, 4)]
+    assert records[0]["warnings"] == records[1]["warnings"]
+    assert [warning.split("%")[0] for warning in records[0]["warnings"]] == ["toys lies 142"]
 
 
 def test_a_workers_error_names_the_tensor_and_leaves_nothing(family: dict[str, Path], tmp_path: Path) -> None:
