@@ -70,8 +70,8 @@ def merge_folders(
         copy_companions(inputs.base, stage.folder, _CONFIG_DTYPES.get(recipe.dtype))
         with writer, inputs.vectors() as vectors:
             inputs.check_buffers(vectors.reader)
+            vectors.workers = workers
             found: dict[str, Any] = {"coefficients": {}}
-            others_bytes = 0
             catalogs: dict[str, dict[str, str]] = {}
             if with_catalogs:
                 from server.engine.learned import learn_vector
@@ -83,7 +83,7 @@ def merge_folders(
                 _write_vector(inputs, learned.vector, vectors.reader, writer)
             elif method is not None:
                 with np.errstate(over="ignore", invalid="ignore"):  # every result is looked at
-                    others_bytes = write_merge(method, options, vectors, stage, writer, report, workers)
+                    write_merge(method, options, vectors, stage, writer, report)
             _copy_buffers(inputs, vectors.reader, writer)
             writer.write_indexes()
             if is_large:
@@ -98,7 +98,7 @@ def merge_folders(
             "warnings": inputs.warnings,
             "resumed_tensors": stage.done_tensors,
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": card.peak_memory_bytes() + others_bytes,
+            "peak_memory_bytes": card.peak_memory_bytes() + vectors.others_bytes,
             "bytes_read": vectors.reader.bytes_read,
             "bytes_written": writer.bytes_written,
             "mb_per_s": round((vectors.reader.bytes_read + writer.bytes_written) / seconds / 1e6, 1),

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import ModelError, VectorError
+from server.engine import card
+from server.engine.forks import in_processes
 from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
 from server.merging import Unit
@@ -26,8 +29,11 @@ from server.merging._vectors import BLOCK_VALUES, Block, Floats, is_finite
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 MAX_STRIDE, SAMPLED_BLOCKS = 8, 64  # of every eighth block, but of that many, the norms are taken
+# at least: to start one takes some milliseconds, as long as ten blocks of eight models by Task Arithmetic
+BLOCKS_A_WORKER = 50
 RUN_VALUES = 1024  # of a sample: values that are read together
 MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21
+T = TypeVar("T")
 
 
 class Reader:
@@ -84,7 +90,8 @@ class FolderVectors:
     """The `Vectors` of `server.merging` over folders: N models on one base.
 
     models: label -> where that model has each tensor of the base (`folders.match_model`). weights: a factor
-    on each task vector. `base_X` holds the base's values of the block that was given last.
+    on each task vector. `base_X` holds the base's values of the block that was given last. `workers`: how
+    many processes may share the blocks; `others_bytes` is what they took beside this one, at most.
     """
 
     def __init__(
@@ -96,6 +103,8 @@ class FolderVectors:
         self.weight_N = list(weights)
         self.reader = Reader()
         self.base_X: Floats = np.empty(0, np.float32)
+        self.workers = 1
+        self.others_bytes = 0
         self.seen = Seen.nothing(len(models))
         self._stride = max(1, min(MAX_STRIDE, self.block_count(range(len(self._base))) // SAMPLED_BLOCKS))
 
@@ -146,6 +155,34 @@ class FolderVectors:
             tau_NX = buffer[: count * width].reshape(count, width)
             self._fill(place, start, tau_NX, unchecked)
             yield Block(tensor.name, tensor.shape, start, tau_NX, self._labels)
+
+    def shares(self, look: Callable[[Iterator[Block]], T]) -> list[T]:
+        """What `look` finds in each share of all blocks; shares are looked at by processes of their own."""
+        everything = range(len(self._base))
+        return self.share_out(
+            lambda number, of: look(self.share(everything, number, of)), self.worker_count(everything)
+        )
+
+    def worker_count(self, tensors: range) -> int:
+        """How many processes the blocks of these tensors are worth."""
+        return max(1, min(self.workers, self.block_count(tensors) // BLOCKS_A_WORKER))
+
+    def share_out(self, work: Callable[[int, int], T], count: int) -> list[T]:
+        """`work(number, count)` for each number, in a process of its own; what they read is counted here."""
+
+        def one(number: int) -> tuple[T, Seen, int, int]:
+            read_bytes = self.reader.bytes_read
+            found = work(number, count)
+            return found, self.seen, self.reader.bytes_read - read_bytes, card.peak_memory_bytes()
+
+        before, self.seen = self.seen, Seen.nothing(len(self._labels))
+        found_W, seen_W, read_W, peak_W = zip(
+            *in_processes([partial(one, number) for number in range(count)]), strict=True
+        )
+        self.seen = before.followed_by(seen_W)
+        self.reader.bytes_read += sum(read_W[1:])
+        self.others_bytes = max(self.others_bytes, sum(peak_W[1:]))
+        return list(found_W)
 
     def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
         base_buffer = np.empty(BLOCK_VALUES, np.float32)

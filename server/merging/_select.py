@@ -8,14 +8,15 @@ read again. Memory is the bracket's values: about a percent of each vector, a fe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from server.merging._vectors import Floats, Vectors
+from server.merging._vectors import Block, Floats, Vectors
 
 SAMPLE = 1 << 16
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -24,6 +25,14 @@ class Sampled(Protocol):
 
     def sample(self) -> Floats | None:
         """Values of every vector in runs of neighbours at even distances, [N, runs, values]; or None."""
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """Vectors whose blocks several processes can read."""
+
+    def shares(self, look: Callable[[Iterator[Block]], T]) -> list[T]:
+        """What `look` finds in each share of the blocks, which together are all of them, in their order."""
 
 
 def largest(vectors: Vectors, density: float) -> Floats:
@@ -63,21 +72,29 @@ def _between(
     vectors: Vectors, bracket: Mapping[int, tuple[np.float32, np.float32]]
 ) -> tuple[dict[int, int], dict[int, Floats]]:
     """For each vector how many magnitudes lie above its bracket, and those within it."""
-    above = dict.fromkeys(bracket, 0)
-    kept: dict[int, list[Floats]] = {n: [] for n in bracket}
-    over_X, within_X = np.empty(0, np.bool_), np.empty(0, np.bool_)
-    for block in vectors.blocks():
-        width = block.tau_NX.shape[1]
-        if len(over_X) < width:
-            over_X, within_X = np.empty(width, np.bool_), np.empty(width, np.bool_)
-        for n, (low, high) in bracket.items():
-            magnitude_X = np.abs(block.tau_NX[n], out=block.tau_NX[n])
-            np.greater(magnitude_X, high, out=over_X[:width])
-            np.greater_equal(magnitude_X, low, out=within_X[:width])
-            above[n] += int(np.count_nonzero(over_X[:width]))
-            np.not_equal(over_X[:width], within_X[:width], out=within_X[:width])
-            kept[n].append(magnitude_X[within_X[:width]])
-    return above, {n: np.concatenate(parts) for n, parts in kept.items()}
+
+    def look(blocks: Iterator[Block]) -> dict[int, tuple[int, Floats]]:
+        above = dict.fromkeys(bracket, 0)
+        kept: dict[int, list[Floats]] = {n: [np.empty(0, np.float32)] for n in bracket}
+        over_X, within_X = np.empty(0, np.bool_), np.empty(0, np.bool_)
+        for block in blocks:
+            width = block.tau_NX.shape[1]
+            if len(over_X) < width:
+                over_X, within_X = np.empty(width, np.bool_), np.empty(width, np.bool_)
+            for n, (low, high) in bracket.items():
+                magnitude_X = np.abs(block.tau_NX[n], out=block.tau_NX[n])
+                np.greater(magnitude_X, high, out=over_X[:width])
+                np.greater_equal(magnitude_X, low, out=within_X[:width])
+                above[n] += int(np.count_nonzero(over_X[:width]))
+                np.not_equal(over_X[:width], within_X[:width], out=within_X[:width])
+                kept[n].append(magnitude_X[within_X[:width]])
+        return {n: (above[n], np.concatenate(kept[n])) for n in bracket}
+
+    parts = vectors.shares(look) if isinstance(vectors, Shared) else [look(vectors.blocks())]
+    return (
+        {n: sum(part[n][0] for part in parts) for n in bracket},
+        {n: np.concatenate([part[n][1] for part in parts]) for n in bracket},
+    )
 
 
 def _samples(vectors: Vectors, total: int, share: float) -> tuple[Floats, list[float]]:

@@ -35,7 +35,7 @@ LABELS = ("beauty", "toys", "games")
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A base and three models of seven blocks, which are enough for as many workers."""
-    monkeypatch.setattr(passes, "BLOCKS_A_WORKER", 1)
+    monkeypatch.setattr(stream, "BLOCKS_A_WORKER", 1)
     base = random_tensors(0, SHAPES)
     models = {label: moved(base, seed) for seed, label in enumerate(LABELS, start=1)}
     return {name: write_model(tmp_path / name, tensors) for name, tensors in {"base": base, **models}.items()}
@@ -162,9 +162,9 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import psutil
-from server.engine import passes, run
+from server.engine import passes, run, stream
 from server.engine.recipe import read_recipe
-passes.BLOCKS_A_WORKER = passes.CHECKPOINT_BYTES = 1
+stream.BLOCKS_A_WORKER = passes.CHECKPOINT_BYTES = 1
 parent, add = os.getpid(), passes.WeightWriter.add
 def slow(self, name, *rest):
     add(self, name, *rest)
