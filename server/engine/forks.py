@@ -1,6 +1,6 @@
 """Work that is shared among processes forked from this one: nothing is imported or copied for it.
 
-Not by `multiprocessing`, whose imports take as long as the merge of eight models of 8 MB.
+Not by `multiprocessing`, whose imports take 20 ms, a seventh of a merge of eight models of 90 MB.
 """
 
 from __future__ import annotations

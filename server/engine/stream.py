@@ -29,7 +29,7 @@ from server.merging._vectors import BLOCK_VALUES, Block, Floats, is_finite
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 MAX_STRIDE, SAMPLED_BLOCKS = 8, 64  # of every eighth block, but of that many, the norms are taken
-# at least: to start one takes some milliseconds, as long as ten blocks of eight models by Task Arithmetic
+# at least: to start one takes 2 ms, as long as some three blocks of eight models by Task Arithmetic
 BLOCKS_A_WORKER = 50
 RUN_VALUES = 1024  # of a sample: values that are read together
 MIN_SAMPLE, MAX_SAMPLE = 1 << 16, 1 << 21

@@ -17,7 +17,7 @@ import pytest
 from tiny_models import moved, random_tensors, write_model
 
 from common.errors import IsthmusError, VectorError
-from server.engine import passes, stream
+from server.engine import passes, run, stream, writing
 from server.engine.forks import in_processes
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
@@ -121,6 +121,30 @@ def test_a_model_of_another_base_is_told_by_a_sample(
     records = [merge_folders(of(family, tmp_path / f"by-{n}", "weight-averaging"), workers=n) for n in (1, 4)]
     assert records[0]["warnings"] == records[1]["warnings"]
     assert [warning.split("%")[0] for warning in records[0]["warnings"]] == ["toys lies 142"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is asked")
+def test_a_large_result_is_sent_to_the_disk_while_it_is_written(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    advise = os.posix_fadvise
+
+    def spy(file: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        sent.append((start, start + size))
+        advise(file, start, size, advice)
+
+    merge_folders(of(family, tmp_path / "small", "weight-averaging"))
+    monkeypatch.setattr(os, "posix_fadvise", spy)
+    monkeypatch.setattr(run, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(writing, "WRITE_BACK_BYTES", 2 * 4 * BLOCK_VALUES)
+    merge_folders(of(family, tmp_path / "large", "weight-averaging"))
+    name = "model.safetensors"
+    assert (tmp_path / "large" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
+    assert len(sent) == 2  # of five blocks and some bytes
+    assert sent[0][1] == sent[1][0]  # nothing is left out between
+    assert all(end - start >= 2 * 4 * BLOCK_VALUES for start, end in sent)
 
 
 def test_a_workers_error_names_the_tensor_and_leaves_nothing(family: dict[str, Path], tmp_path: Path) -> None:
