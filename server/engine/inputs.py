@@ -41,7 +41,8 @@ class Inputs:
             self.models[entry.label], warnings = match_model(self.base, folder)
             self.folders[entry.label] = folder
             self.warnings += [f"{entry.label}: {warning}" for warning in warnings]
-        self._warn_of_models()
+        if len(self.models) == 1:
+            self.warnings.append("one model only; the method is applied to it alone")
 
     @property
     def files(self) -> list[Path]:
@@ -65,19 +66,6 @@ class Inputs:
                         f"{other.file}: tensor {other.key!r} ({other.dtype}) differs from the base's",
                         next_step="integer tensors do not merge; use models that have the base's",
                     )
-
-    def _warn_of_models(self) -> None:
-        if len(self.models) == 1:
-            self.warnings.append("one model only; the method is applied to it alone")
-        seen: dict[Path, str] = {}
-        base = self.base.path.resolve()
-        for entry in self.recipe.models:
-            path = entry.path.resolve()
-            other = seen.setdefault(path, entry.label)
-            if other != entry.label:
-                self.warnings.append(f"{entry.label} and {other} are the same folder; it counts twice")
-            if path == base:
-                self.warnings.append(f"{entry.label} is the base itself; its task vector is zero")
 
 
 def check_out(recipe: Recipe) -> None:

@@ -252,7 +252,9 @@ def test_odd_inputs_are_defined_and_warned_of(family: Family, tmp_path: Path) ->
     found = merge({**family, "copy": copy}, force=True)["warnings"]
     assert found == ["copy and toys have the same weights; they count twice"]
     found = merge({**family, "again": family["toys"]}, force=True)["warnings"]
-    assert found[0] == "again and toys are the same folder; it counts twice"
+    assert found == ["again and toys have the same weights; they count twice"]
+    found = merge({**family, "itself": family["base"]}, force=True)["warnings"]
+    assert found == ["itself equals the base: its task vector is zero and counts as one"]
 
     same = write_model(tmp_path / "same", weights(family["base"]))
     for method in ("ties", "task-arithmetic", "dare", "emr"):
