@@ -163,6 +163,13 @@ class FolderVectors:
             lambda number, of: look(self.share(everything, number, of)), self.worker_count(everything)
         )
 
+    def each(self, look: Callable[[int], T]) -> list[T]:
+        """What `look` finds in each vector; several processes deal them out among themselves."""
+        count = len(self._labels)
+        of = min(count, self.worker_count(range(len(self._base))))
+        found_W = self.share_out(lambda number, of: [look(n) for n in range(number, count, of)], of)
+        return [found_W[vector % of][vector // of] for vector in range(count)]
+
     def worker_count(self, tensors: range) -> int:
         """How many processes the blocks of these tensors are worth."""
         return max(1, min(self.workers, self.block_count(tensors) // BLOCKS_A_WORKER))

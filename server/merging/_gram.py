@@ -20,12 +20,10 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 
 from server.merging._options import Bounds
-from server.merging._vectors import Floats
+from server.merging._vectors import Doubles, Floats
 
-Doubles = npt.NDArray[np.float64]
 Ridge = Annotated[float, Bounds(ge=0, le=1)]
 
 RIDGE = 1e-6

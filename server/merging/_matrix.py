@@ -11,9 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.models.base import is_table
-from server.merging._vectors import Block
-
-Doubles = npt.NDArray[np.float64]
+from server.merging._vectors import Block, Doubles
 
 RANK_CUT = 1e-6
 

@@ -8,31 +8,14 @@ read again. Memory is the bracket's values: about a percent of each vector, a fe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from server.merging._passes import in_shares, sample
 from server.merging._vectors import Block, Floats, Vectors
 
 SAMPLE = 1 << 16
-T = TypeVar("T")
-
-
-@runtime_checkable
-class Sampled(Protocol):
-    """Vectors that can give a sample of themselves without a whole pass."""
-
-    def sample(self) -> Floats | None:
-        """Values of every vector in runs of neighbours at even distances, [N, runs, values]; or None."""
-
-
-@runtime_checkable
-class Shared(Protocol):
-    """Vectors whose blocks several processes can read."""
-
-    def shares(self, look: Callable[[Iterator[Block]], T]) -> list[T]:
-        """What `look` finds in each share of the blocks, which together are all of them, in their order."""
 
 
 def largest(vectors: Vectors, density: float) -> Floats:
@@ -61,10 +44,10 @@ def largest(vectors: Vectors, density: float) -> Floats:
     return threshold_N
 
 
-def _bracket(sample: Floats, place: float, margin: float) -> tuple[np.float32, np.float32]:
+def _bracket(sample_M: Floats, place: float, margin: float) -> tuple[np.float32, np.float32]:
     """Magnitudes between which that of `place` in the sorted sample lies, in all likelihood."""
-    low = sample[int(place - margin)] if place - margin >= 0 else np.float32(-1)
-    high = sample[int(place + margin)] if place + margin < len(sample) else np.float32(np.inf)
+    low = sample_M[int(place - margin)] if place - margin >= 0 else np.float32(-1)
+    high = sample_M[int(place + margin)] if place + margin < len(sample_M) else np.float32(np.inf)
     return low, high
 
 
@@ -90,7 +73,7 @@ def _between(
                 kept[n].append(magnitude_X[within_X[:width]])
         return {n: (above[n], np.concatenate(kept[n])) for n in bracket}
 
-    parts = vectors.shares(look) if isinstance(vectors, Shared) else [look(vectors.blocks())]
+    parts = in_shares(vectors, look)
     return (
         {n: sum(part[n][0] for part in parts) for n in bracket},
         {n: np.concatenate([part[n][1] for part in parts]) for n in bracket},
@@ -99,7 +82,7 @@ def _between(
 
 def _samples(vectors: Vectors, total: int, share: float) -> tuple[Floats, list[float]]:
     """Sorted magnitudes of a sample of each vector [N, M], and how many places its `share` may be off."""
-    runs_NRX = vectors.sample() if isinstance(vectors, Sampled) else None
+    runs_NRX = sample(vectors)
     if runs_NRX is None:
         sample_NM = _strided(vectors, total)
         sample_NM.sort(1)

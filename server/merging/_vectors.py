@@ -20,7 +20,8 @@ import numpy.typing as npt
 from common.errors import VectorError
 
 Floats = npt.NDArray[np.float32]
-Solve = Callable[[npt.NDArray[np.float64], Floats], Floats]
+Doubles = npt.NDArray[np.float64]
+Solve = Callable[[Doubles, Floats], Floats]
 BLOCK_VALUES = 1 << 16
 
 
@@ -82,7 +83,7 @@ class Vectors(Protocol):
 class Grams(Protocol):
     """`G_d = sum_x x x^T` of the inputs `x` of linear layers (pseudo-users': `server.learning.grams`)."""
 
-    def get(self, tensor: str) -> npt.NDArray[np.float64] | None:
+    def get(self, tensor: str) -> Doubles | None:
         """[N, C, C] for the weight `tensor` [R, C], normalised to a mean over rows; None for any other.
 
         The inputs are those in each domain's own model.

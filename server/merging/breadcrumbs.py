@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import ConfigError
 from server.merging import Block, Floats, Kernel, Probability, Vectors, Weight, merge_method
+from server.merging._passes import in_each
 
 
 @merge_method(
@@ -34,7 +35,8 @@ def breadcrumbs(
 ) -> Kernel:
     """Drop the largest `gamma` and the smallest `beta` of each tensor's changes, add the vectors up.
 
-    Needs nothing else. Two passes over the files: one finds the borders, one tensor of one vector at a time.
+    Needs nothing else. Two passes over the files: the first finds the borders, and each process holds one
+    tensor of one vector at a time.
     Raises ConfigError where `beta + gamma` leaves nothing.
     """
     if beta + gamma >= 1:
@@ -42,7 +44,7 @@ def breadcrumbs(
             f"merge method 'breadcrumbs': beta {beta} and gamma {gamma} leave nothing",
             next_step="choose them so that their sum is below 1",
         )
-    borders = [_borders(vectors, vector, beta, gamma) for vector in range(len(vectors.labels))]
+    borders = in_each(vectors, lambda vector: _borders(vectors, vector, beta, gamma))
 
     def kernel(block: Block) -> Floats:
         borders_N2 = np.array([of[block.name] for of in borders], np.float32)
@@ -57,15 +59,14 @@ def breadcrumbs(
 
 def _borders(vectors: Vectors, vector: int, beta: float, gamma: float) -> dict[str, tuple[float, float]]:
     """The smallest and the largest kept magnitude of each tensor of one vector."""
+    sizes = {name: math.prod(shape) for name, shape in vectors.shapes.items()}
+    magnitude_X, filled = np.empty(max(sizes.values()), np.float32), 0
     borders: dict[str, tuple[float, float]] = {}
-    magnitude_X, filled = np.empty(0, np.float32), 0
     for name, values_X in vectors.values(vector):
-        if filled == 0:
-            magnitude_X = np.empty(math.prod(vectors.shapes[name]), np.float32)
         np.abs(values_X, out=magnitude_X[filled : filled + len(values_X)])
         filled += len(values_X)
-        if filled == len(magnitude_X):
-            borders[name] = _cut(magnitude_X, beta, gamma)
+        if filled == sizes[name]:
+            borders[name] = _cut(magnitude_X[:filled], beta, gamma)
             filled = 0
     return borders
 

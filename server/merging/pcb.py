@@ -23,14 +23,18 @@ overflows; the constants come back where vectors are weighed against each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from server.merging import Block, Density, Floats, Kernel, Vectors, Weight, merge_method
+from server.merging._passes import in_shares, sample
 from server.merging._select import largest
+from server.merging._vectors import Doubles
+
+T = TypeVar("T")
 
 
 @merge_method(
@@ -43,7 +47,7 @@ from server.merging._select import largest
 def pcb(vectors: Vectors, *, density: Density = 0.1, lambda_: Weight = 1.0) -> Kernel:
     """Weigh each entry by its size and by its agreement with the other vectors; drop light ones; average.
 
-    Needs nothing else. The slowest of the sparse methods: five passes over the files, and N * N exponentials
+    Needs nothing else. The slowest of the sparse methods: four passes over the files, and N * N exponentials
     for each parameter in most of them.
     """
     balance = _measure(vectors)
@@ -109,37 +113,70 @@ class _Scores:
         return self.vectors.shapes
 
     def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
-        for block in self.vectors.blocks(unit):
-            yield replace(block, tau_NX=self.balance.scores(block.tau_NX))
+        return self._of(self.vectors.blocks(unit))
+
+    def shares(self, look: Callable[[Iterator[Block]], T]) -> list[T]:
+        return in_shares(self.vectors, lambda blocks: look(self._of(blocks)))
+
+    def sample(self) -> Floats | None:
+        runs_NRX = sample(self.vectors)
+        if runs_NRX is None:
+            return None
+        return self.balance.scores(runs_NRX.reshape(len(runs_NRX), -1)).reshape(runs_NRX.shape)
 
     def values(self, vector: int) -> Iterator[tuple[str, Floats]]:
         return ((block.name, block.tau_NX[vector]) for block in self.blocks())
+
+    def _of(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        return (replace(block, tau_NX=self.balance.scores(block.tau_NX)) for block in blocks)
 
 
 def _measure(vectors: Vectors) -> _Balance:
     """Two passes: the smallest and largest product of each pair, then the mean exponentials."""
     count = len(vectors.labels)
     total = sum(math.prod(shape) for shape in vectors.shapes.values())
-    low_NN = np.full((count, count), np.inf, np.float32)
-    high_NN = np.full((count, count), -np.inf, np.float32)
-    for block in vectors.blocks():
-        for n, tau_X in enumerate(block.tau_NX):
-            product_NX = block.tau_NX[n:] * tau_X
-            low_NN[n, n:] = np.minimum(low_NN[n, n:], product_NX.min(1))
-            high_NN[n, n:] = np.maximum(high_NN[n, n:], product_NX.max(1))
+
+    def extremes(blocks: Iterator[Block]) -> tuple[Floats, Floats]:
+        low_NN = np.full((count, count), np.inf, np.float32)
+        high_NN = np.full((count, count), -np.inf, np.float32)
+        for block in blocks:
+            for n, tau_X in enumerate(block.tau_NX):
+                product_NX = block.tau_NX[n:] * tau_X
+                low_NN[n, n:] = np.minimum(low_NN[n, n:], product_NX.min(1))
+                high_NN[n, n:] = np.maximum(high_NN[n, n:], product_NX.max(1))
+        return low_NN, high_NN
+
+    lows, highs = zip(*in_shares(vectors, extremes), strict=True)
+    low_NN, high_NN = np.minimum.reduce(lows), np.maximum.reduce(highs)
     range_NN = np.where(high_NN > low_NN, high_NN - low_NN, np.inf)
     zeros_N = np.zeros(count, np.float32)
     norm = _Balance(_mirror(low_NN), _mirror((1 / range_NN).astype(np.float32)), zeros_N, zeros_N)
 
-    inter_NN, intra_N = np.zeros((count, count)), np.zeros(count)
-    for block in vectors.blocks():
-        for n in range(count):
-            norm_NX = norm.norms(block.tau_NX, n, n)
-            intra_N[n] += np.exp((norm_NX[0] - 1) * np.float32(count)).sum(dtype=np.float64)
-            inter_NN[n, n:] += np.exp(norm_NX).sum(1, dtype=np.float64)
-    share_NN = _mirror((total / np.maximum(inter_NN, 1)).astype(np.float32))
-    log_mean_N = np.log(intra_N / total) + count
+    def sums(blocks: Iterator[Block]) -> tuple[Doubles, Doubles]:
+        inter_NN, intra_N = np.zeros((count, count)), np.zeros(count)
+        for block in blocks:
+            for n in range(count):
+                norm_NX = norm.norms(block.tau_NX, n, n)
+                intra = np.exp((norm_NX[0] - 1) * np.float32(count)).sum(dtype=np.float64)
+                intra_N[n] += _on_grid(intra, total)
+                inter_NN[n, n:] += _on_grid(np.exp(norm_NX).sum(1, dtype=np.float64), total)
+        return inter_NN, intra_N
+
+    inters, intras = zip(*in_shares(vectors, sums), strict=True)
+    share_NN = _mirror((total / np.maximum(sum(inters), 1)).astype(np.float32))
+    log_mean_N = np.log(sum(intras) / total) + count
     return _Balance(norm.low_NN, norm.scale_NN, share_NN, log_mean_N.astype(np.float32))
+
+
+def _on_grid(sum_X: Doubles, total: int) -> Doubles:
+    """Sums rounded to multiples so coarse that adding up `total` terms of at most e is exact in float64.
+
+    So the result does not depend on the order, nor on how many processes share the blocks. What is lost is
+    below `total` / 2^50 a block.
+    """
+    shift = 3.0 * 2.0 ** (1 + math.ceil(math.log2(total)))  # ulp(shift) is the grid
+    rounded: Doubles = (sum_X + shift) - shift
+    return rounded
 
 
 def _mirror(upper_NN: Floats) -> Floats:

@@ -17,7 +17,8 @@ from typing import Annotated
 import numpy as np
 
 from server.merging import Block, Bounds, Floats, Grams, Kernel, Vectors, merge_method
-from server.merging._gram import RIDGE, Doubles, Ridge, shares
+from server.merging._gram import RIDGE, Ridge, shares
+from server.merging._vectors import Doubles
 
 Alpha = Annotated[float, Bounds(ge=0, le=1)]
 ALPHA = 0.9

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from server.merging import Block, Floats, Grams, Kernel, Vectors, merge_method
-from server.merging._gram import RIDGE, Doubles, Ridge
+from server.merging._gram import RIDGE, Ridge
+from server.merging._vectors import Doubles
 from server.merging.regmean import ALPHA, Alpha, regression
 
 

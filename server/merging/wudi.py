@@ -24,8 +24,9 @@ from __future__ import annotations
 import numpy as np
 
 from server.merging import Block, Floats, Kernel, Vectors, merge_method
-from server.merging._gram import Doubles, Ridge, shares
+from server.merging._gram import Ridge, shares
 from server.merging._matrix import is_linear
+from server.merging._vectors import Doubles
 
 
 @merge_method(

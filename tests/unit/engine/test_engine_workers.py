@@ -21,6 +21,7 @@ from server.engine import passes, run, stream, writing
 from server.engine.forks import in_processes
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
+from server.merging import methods
 from server.merging._vectors import BLOCK_VALUES
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -30,6 +31,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "d": (0,),
 }
 LABELS = ("beauty", "toys", "games")
+BY_BLOCKS = [name for name, method in methods().items() if method.unit == "block"]
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def children() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-@pytest.mark.parametrize("method", ["weight-averaging", "task-arithmetic", "ties", "dare", "della", "iso-c"])
+@pytest.mark.parametrize("method", [*BY_BLOCKS, "iso-c"])
 @pytest.mark.parametrize("checkpoint_bytes", [1, 1 << 30])
 def test_workers_write_what_one_process_writes(
     family: dict[str, Path],
@@ -67,6 +69,22 @@ def test_workers_write_what_one_process_writes(
         for counted in ("bytes_read", "bytes_written", "warnings"):
             assert record[counted] == records[1][counted]
     assert not children()
+
+
+@pytest.mark.parametrize("method", ["ties", "localize-and-stitch", "pcb"])
+def test_a_sample_spares_a_pass_and_changes_nothing(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    whole = merge_folders(of(family, tmp_path / "whole", method))
+    monkeypatch.setattr(stream, "MIN_SAMPLE", 4096)
+    monkeypatch.setattr(stream, "RUN_VALUES", 64)
+    for workers in (1, 2):
+        sampled = merge_folders(of(family, tmp_path / f"sampled-{workers}", method), workers=workers)
+        assert sampled["bytes_read"] < whole["bytes_read"]
+        name = "model.safetensors"
+        assert (tmp_path / f"sampled-{workers}" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
 
 
 def test_workers_really_share_the_work() -> None:
