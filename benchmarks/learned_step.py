@@ -61,6 +61,7 @@ from benchmarks.measure import (
 from benchmarks.our_step import INITIAL, BareStep, OurStep, read_once
 from benchmarks.reference_loop import ReferenceLoop
 from common.coefficients import Granularity, group_tensors
+from common.models.encoder import use_bf16
 
 TOLERANCE = 1e-4
 GRANULARITIES: tuple[Granularity, ...] = ("domain", "layer")
@@ -200,17 +201,17 @@ def _short_of_bytes(model: Model, n: int, granularity: Granularity, options: arg
     return max(0, copies * model.values * 4 - int(0.95 * free))
 
 
-def rates(device: str, mib: int, side: int) -> dict[str, float]:
-    """What the device does at best: a copy (bytes read and written) and a product of matrices."""
+def rates(device: str, bf16: bool, mib: int, side: int) -> dict[str, float]:
+    """What the device does at best: a copy (bytes read and written), and a product as the encoder's are."""
     source = torch.zeros(mib << 18, device=device)
     target = torch.empty_like(source)
-    square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     wait = torch.cuda.synchronize if device == "cuda" else nothing
     calls = {"copy": partial(target.copy_, source), "product": partial(torch.mm, square, square)}
     found = medians(take_turns(calls, 5, wait=wait))
     return {
         "copy_gb_per_s": 2 * source.nbytes / found["copy"] / 1e9,
-        "bf16_product_tflop_per_s": 2 * side**3 / found["product"] / 1e12,
+        f"{'bf16' if bf16 else 'fp32'}_product_tflop_per_s": 2 * side**3 / found["product"] / 1e12,
     }
 
 
@@ -245,7 +246,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             list(checks[0]),
             [list(c.values()) for c in checks],
         )
-        limits = rates(options.device, *((16, 256) if options.size == "small" else (512, 2048)))
+        bf16 = use_bf16(options.precision, options.device)
+        limits = rates(options.device, bf16, *((16, 256) if options.size == "small" else (512, 2048)))
         rows: list[Row] = []
         for name in options.models:
             model = make_model(name, Path(folder) / name, options.device, options.precision)
