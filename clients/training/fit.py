@@ -44,6 +44,7 @@ from common.language.adapters import save_adapter
 from common.models.base import load_tensors, model_digest, save_model, trainable_tensors
 from common.models.device import default_device
 from common.models.encoder import Encoder
+from common.models.packed import PLAIN_TOKENS
 from common.parcels import Privacy
 from common.progress import NO_REPORT, Report
 from common.vectors import apply, read_vector, subtract, write_vector
@@ -205,10 +206,12 @@ def load_encoder(
 ) -> Encoder:
     """The encoder as the configuration wants it, on CUDA where there is one (`device` None).
 
-    With differential privacy without dropout: its random state is public, and one user more would shift the
-    others' masks.
+    With differential privacy without dropout, since its random state is public and one user more would shift
+    the others' masks; and padded, since users' gradients are told apart by their rows. Otherwise training on
+    the CPU leaves padding out, up to the length at which packed attention is spelt out.
     """
-    dropout = config.training.dropout if config.privacy.mechanism == "none" else 0.0
+    is_private = config.privacy.mechanism != "none"
+    dropout = 0.0 if is_private else config.training.dropout
     return load_adapted(
         folder,
         pooling=config.base.pooling,
@@ -216,6 +219,7 @@ def load_encoder(
         precision=config.training.precision,
         dropout=dropout if training else None,
         for_training=training,
+        packed=training and not is_private and config.text.max_seq_len <= PLAIN_TOKENS,
     )
 
 

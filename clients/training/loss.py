@@ -55,7 +55,7 @@ class TwoTower(nn.Module):
     def __init__(self, encoder: Encoder, trainable: set[str], temperature: float) -> None:
         super().__init__()
         self.backbone = encoder.model
-        self._encoder = encoder
+        self.encoder = encoder
         self._temperature = temperature
         self._trainable = sorted(trainable)
         for name, parameter in self.backbone.named_parameters():
@@ -72,14 +72,14 @@ class TwoTower(nn.Module):
         log_q_U: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`{"loss": scalar}` for a batch of `dataset.TrainingBatches`."""
-        z_BE = self._encoder.forward(history_ids_BT, history_mask_BT)
-        item_UE = self._encoder.forward(item_ids_UT, item_mask_UT)
+        z_BE = self.encoder.forward(history_ids_BT, history_mask_BT)
+        item_UE = self.encoder.forward(item_ids_UT, item_mask_UT)
         loss = in_batch_loss(z_BE, item_UE, target_B, blocked_BU, self._temperature, log_q_U)
         return {"loss": loss}
 
     def embed(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         """Unit-norm embeddings `z_NE`."""
-        return self._encoder.forward(ids_NT, mask_NT)
+        return self.encoder.forward(ids_NT, mask_NT)
 
     def own_losses(self, z_UE: Tensor, target_UE: Tensor, negative_UIE: Tensor, blocked_UI: Tensor) -> Tensor:
         """Each user's own loss (U), by embeddings that nobody else's loss goes through."""

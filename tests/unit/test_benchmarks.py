@@ -19,6 +19,7 @@ from benchmarks import (
     outliers,
     private_step,
     shared_prefix,
+    training_step,
 )
 from benchmarks.measure import line, medians, take_turns
 from common.language.pool import Candidate, Pool
@@ -162,6 +163,15 @@ def test_private_step(tmp_path: Path) -> None:
     (row,) = json.loads(out.read_text())["rows"]
     assert row["off_by"] < 1e-4
     assert row["ours / opacus"] > 0 and row["ours / bare"] > 0
+
+
+def test_training_step(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    training_step.main(["--batch-size", "4", "--steps", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["off_by"] < 1e-2  # bfloat16 where the hardware has it
+    assert 0 < row["tokens / places"] <= 1
+    assert row["padded / ours"] > 0
 
 
 def test_outliers(tmp_path: Path) -> None:

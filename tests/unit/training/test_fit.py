@@ -17,10 +17,10 @@ import torch
 from clients.training import isolation
 from clients.training.checkpoint import newest_checkpoint
 from clients.training.evaluate import evaluate
-from clients.training.fit import FitResult, check_frozen, fine_tune, fit_folder
+from clients.training.fit import FitResult, check_frozen, fine_tune, fit_folder, load_encoder
 from clients.training.job import Job, run_job
 from clients.training.loss import TwoTower
-from common.config import RunConfig
+from common.config import PrivacySection, RunConfig
 from common.errors import DataError, FederationError, ModelError
 from common.models.base import load_tensors, trainable_tensors
 from common.models.encoder import Encoder
@@ -56,6 +56,17 @@ def test_the_vector_is_what_training_changed_and_nothing_else(
         assert torch.equal(model[name], base[name]), name
     assert all(bool(tensor.any()) for name, tensor in tau.items() if "key.bias" not in name)
     assert reference.steps == 12 and reference.best_step in (4, 8, 12) and not reference.resumed
+
+
+def test_padding_is_left_out_where_users_need_not_be_told_apart(
+    pico_model: Path, pico_config: RunConfig
+) -> None:
+    long = pico_config.model_copy(update={"text": pico_config.text.model_copy(update={"max_seq_len": 257})})
+    private = pico_config.model_copy(update={"privacy": PrivacySection(mechanism="dp-sgd", epsilon=8.0)})
+    assert load_encoder(pico_model, pico_config, device="cpu").is_packed
+    assert not load_encoder(pico_model, pico_config, device="cpu", training=False).is_packed
+    for config in (long, private):
+        assert not load_encoder(pico_model, config, device="cpu").is_packed
 
 
 def test_training_learns(pico_domain: Any, pico_model: Path, pico_config: RunConfig, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_negatives_are_of_the_catalog_whoever_the_users_are(
         test=domain.test[:20],
     )
     secret = SecretRandom(tmp_path / "other.key")
-    encoder = trainer.tower._encoder
+    encoder = trainer.tower.encoder
     again = PrivateBatches(encoder, others, config, plan_of(), secret)
     for step in (0, 7):
         assert again.negatives(step).tolist() == trainer.train_dataset.negatives(step).tolist()
@@ -102,7 +102,7 @@ def test_users_take_part_once_at_the_rate_at_any_of_their_positions(
 ) -> None:
     path = tmp_path / "fixed.key"
     path.write_bytes(bytes(range(32)))
-    batches = PrivateBatches(trainer.tower._encoder, domain, config, plan_of(0.25), SecretRandom(path))
+    batches = PrivateBatches(trainer.tower.encoder, domain, config, plan_of(0.25), SecretRandom(path))
     drawn = [batches.members(step) for step in range(400)]
     for members in drawn:
         users = [user for user, _ in members]
@@ -118,7 +118,7 @@ def test_a_step_without_users_is_noise_of_the_declared_size(
 ) -> None:
     path = tmp_path / "fixed.key"
     path.write_bytes(bytes(range(32)))
-    empty = PrivateBatches(trainer.tower._encoder, domain, config, plan_of(1e-12), SecretRandom(path))
+    empty = PrivateBatches(trainer.tower.encoder, domain, config, plan_of(1e-12), SecretRandom(path))
     batch = empty[0]
     assert batch["blocked_UI"].shape == (0, 13)
     trainer._batches = empty
