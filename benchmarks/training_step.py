@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from clients.training.fit import load_encoder
 from clients.training.loss import TwoTower
 from common.config import RunConfig, TextSection, TrainingSection
 from common.models.base import resolve_base, trainable_tensors
+from common.models.encoder import Precision
 from simulations.synthetic import make_domain
 
 TOLERANCE = 1e-4  # of gradients in float32
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-seq-len", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2, help="batches of each domain")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_attribute_tokens=options.max_attribute_tokens,
             max_seq_len=options.max_seq_len,
         ),
-        training=TrainingSection(batch_size=options.batch_size, dropout=0.0),
+        training=TrainingSection(batch_size=options.batch_size, dropout=0.0, precision=options.precision),
     )
     domains = [Domain.load(folder) for folder in options.domains] or [make_domain("garden")]
     contenders = towers(config)

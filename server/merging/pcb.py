@@ -172,7 +172,7 @@ def _on_grid(sum_X: Doubles, total: int) -> Doubles:
     """Sums rounded to multiples so coarse that adding up `total` terms of at most e is exact in float64.
 
     So the result does not depend on the order, nor on how many processes share the blocks. What is lost is
-    below `total` / 2^50 a block.
+    at most `total` / 2^49 a block.
     """
     shift = 3.0 * 2.0 ** (1 + math.ceil(math.log2(total)))  # ulp(shift) is the grid
     rounded: Doubles = (sum_X + shift) - shift
