@@ -7,6 +7,8 @@ points of every installed package take longer to look through than a small merge
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,9 @@ class LazyGroup(click.Group):
             return None
         command = loaded if isinstance(loaded, click.Command) else _from_typer(loaded)
         command.name = cmd_name
+        if not gc.isenabled():  # by `main`
+            gc.freeze()
+            gc.enable()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -99,6 +104,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `isthmus` script."""
+    gc.disable()  # imports make many objects, and all stay: looking for garbage among them takes a tenth
+    atexit.register(gc.freeze)  # and so does looking for it in the end
     try:
         check_imports()
         cli()

@@ -1,6 +1,6 @@
 """`isthmus merge`: merge local model folders by a recipe or by flags.
 
-The result is told on stdout, everything else on stderr. Nothing that takes long to import is imported here.
+The result is told on stdout, everything else on stderr. torch is imported where a method needs it alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import click
 
 from common.console import errors_as_exit, progress_bars
 from common.errors import ConfigError
+from server.engine.forks import default_workers
 from server.engine.recipe import (
     DEVICES,
     DTYPES,
@@ -24,6 +25,7 @@ from server.engine.recipe import (
     make_recipe,
     read_recipe,
 )
+from server.engine.run import merge_folders
 
 EPILOG = "Without a server and without a network. docs/merging.md has examples."
 
@@ -65,9 +67,6 @@ def merge(
             _explain(explain, shown_as)
             return
         found = _recipe(recipe, out, flags)
-        from server.engine.forks import default_workers
-        from server.engine.run import merge_folders
-
         try:
             with progress_bars() as report:
                 record = merge_folders(

@@ -17,8 +17,8 @@ A method that is registered with `splits=True` returns `[N, X]` from its kernel:
 plain sum is the merge. Learned coefficients can then start from those vectors (at 1, the merge itself).
 `unit="tensor"` makes each block a whole tensor (for methods on rows or on a matrix: `block.matrices()`),
 `needs="grams"` gives the method the Gram matrices of each layer's inputs as its second argument.
-`linear=True` says that a merged value is not finite where a vector's is not (a plain weighted sum): then
-nobody has to look at each vector for NaN.
+`linear=True` says that a merged value is not finite where a vector's is not (a weighted sum, also with
+weights of 0: `0 * inf` is NaN): then nobody has to look at each vector for NaN.
 
 Modules whose name starts with an underscore are helpers. Everything is computed in float32 unless a file
 says otherwise.
@@ -173,7 +173,13 @@ def prepare(
     where the method needs Gram matrices and there are none; VectorError for vectors that cannot be merged.
     """
     kernel = _plan(method, vectors, options, grams)
-    return (lambda block: kernel(block).sum(0)) if method.splits else kernel
+    return (lambda block: _total(kernel(block))) if method.splits else kernel
+
+
+def _total(values_N: Floats) -> Floats:
+    """The sum over the first axis; BLAS takes little more than half of what numpy's `sum` does."""
+    total = np.ones(len(values_N), np.float32) @ values_N.reshape(len(values_N), -1)
+    return total.reshape(values_N.shape[1:])
 
 
 def _plan(method: Method, vectors: Vectors, options: Mapping[str, Any] | None, grams: Grams | None) -> Kernel:

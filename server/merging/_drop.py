@@ -1,45 +1,57 @@
 """Dropping entries by chance, from a seed, for every method that does so.
 
 What is drawn depends on the seed, the vector's label, the tensor's name and the place in it: not on the
-order of the vectors, on how many there are or on who reads them. An entry is kept where its number, uniform
-in [0, 1), is below the probability to keep it.
+order of the vectors, on how many there are or on who reads them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
+from server.merging._draws import generator
 from server.merging._options import Bounds
-from server.merging._vectors import Block
+from server.merging._vectors import BLOCK_VALUES, Block
 
 Seed = Annotated[int, Bounds(ge=0)]
 
 
-def drop(block: Block, p: float, seed: int) -> None:
-    """Zero each entry of every vector with probability `p`, in place. Survivors are not rescaled here.
+def dropper(p: float, seed: int) -> Callable[[Block], None]:
+    """What zeroes each entry of every vector of a block with probability `p`, in place, without rescaling.
 
-    An entry's number has 24 bits, as `random(dtype=float32)` has; `p` is rounded to float32. One byte of it
-    decides for nearly all: the other 16 bits are drawn for those alone whose byte is the border's.
+    An entry is kept where a byte drawn for it is below a threshold: the whole part of `256 (1 - p)`, or one
+    more at as many places as make up for the rest (`1 - p` to 24 bits). Those places are shuffled by the
+    seed, and every block of every vector begins somewhere else among them, by chance.
     """
     keep = np.float32(1 - p)
-    if keep == 1:  # every number is below
-        return
-    border, rest = divmod(math.ceil(float(keep) * 2**24), 1 << 16)
-    for vector, tau_X in enumerate(block.tau_NX):
-        bits = block.random(seed, vector).bit_generator
-        byte_X = _drawn(bits, "u1", len(tau_X))
-        kept_X = byte_X < border
-        if rest:
-            tied_T = np.flatnonzero(byte_X == border)
-            kept_X[tied_T] = _drawn(bits, "<u2", len(tied_T)) < rest
-        tau_X *= kept_X
+    if keep == 1:
+        return lambda block: None
+    threshold_X = _thresholds(float(keep), seed)
+
+    def drop(block: Block) -> None:
+        for vector, tau_X in enumerate(block.tau_NX):
+            bits = block.random(seed, vector).bit_generator
+            begin = int(bits.random_raw()) % BLOCK_VALUES
+            for start in range(0, len(tau_X), BLOCK_VALUES):
+                part_X = tau_X[start : start + BLOCK_VALUES]
+                part_X *= _bytes(bits, len(part_X)) < threshold_X[begin : begin + len(part_X)]
+
+    return drop
 
 
-def _drawn(bits: np.random.BitGenerator, dtype: str, count: int) -> npt.NDArray[np.unsignedinteger]:
-    """`count` whole numbers of 8 or 16 bits, from words of 64 bits of which the lowest bits come first."""
-    words = bits.random_raw(-(-count * np.dtype(dtype).itemsize // 8))
-    return words.astype("<u8", copy=False).view(dtype)[:count]
+def _thresholds(keep: float, seed: int) -> npt.NDArray[np.unsignedinteger]:
+    """`BLOCK_VALUES` thresholds of a byte whose mean is `256 keep`, in an order by chance, twice over."""
+    low, higher = divmod(math.ceil(keep * 2**24), 1 << 16)
+    threshold_X = np.full(BLOCK_VALUES, low, np.uint16)
+    threshold_X[: higher * BLOCK_VALUES >> 16] = low + 1
+    generator(seed, "thresholds").shuffle(threshold_X)
+    return np.tile(threshold_X if low == 255 else threshold_X.astype(np.uint8), 2)
+
+
+def _bytes(bits: np.random.BitGenerator, count: int) -> npt.NDArray[np.uint8]:
+    """`count` bytes, from words of 64 bits of which the lowest bits come first."""
+    return bits.random_raw(-(-count // 8)).astype("<u8", copy=False).view(np.uint8)[:count]

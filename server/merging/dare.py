@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from server.merging import Block, Floats, Kernel, Probability, Vectors, Weight, merge_method
-from server.merging._drop import Seed, drop
+from server.merging._drop import Seed, dropper
 
 
 @merge_method(
@@ -26,15 +26,17 @@ from server.merging._drop import Seed, drop
     paper="Yu et al., ICML 2024, with Task Arithmetic",
     equation="tau = lambda sum_d (1 - m_d) tau_d / (1 - p), m_d ~ Bernoulli(p)",
     splits=True,
+    linear=True,
 )
 def dare(vectors: Vectors, *, p: Probability = 0.9, lambda_: Weight = 0.3, seed: Seed = 0) -> Kernel:
     """Drop each entry with probability `p`, rescale the survivors, add the vectors up.
 
     Needs nothing else. One pass over the files and one random number for each entry.
     """
+    drop = dropper(p, seed)
 
     def kernel(block: Block) -> Floats:
-        drop(block, p, seed)
+        drop(block)
         tau_NX = block.tau_NX
         tau_NX *= np.float32(lambda_ / (1 - p))
         return tau_NX

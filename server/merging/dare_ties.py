@@ -12,7 +12,7 @@ zero, so of +1 and -1 they keep +1; here a sum of zero elects nothing.
 from __future__ import annotations
 
 from server.merging import Block, Floats, Kernel, Probability, Vectors, Weight, merge_method
-from server.merging._drop import Seed, drop
+from server.merging._drop import Seed, dropper
 from server.merging._elect import agreeing_mean
 
 
@@ -27,9 +27,10 @@ def dare_ties(vectors: Vectors, *, p: Probability = 0.9, lambda_: Weight = 1.0, 
 
     Needs nothing else. One pass over the files and one random number for each entry.
     """
+    drop = dropper(p, seed)
 
     def kernel(block: Block) -> Floats:
-        drop(block, p, seed)
+        drop(block)
         return agreeing_mean(block.tau_NX, lambda_ / (1 - p))  # one scale for all: it elects nothing else
 
     return kernel

@@ -1,5 +1,6 @@
 """The `isthmus` command: its subcommands, those of other packages, errors as two lines and exit code 2."""
 
+import gc
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -74,3 +75,22 @@ def test_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         cli.main()
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("isthmus, version")
+
+
+def test_commands_collect_garbage_though_imports_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_freeze_count()
+    during: list[object] = []
+    look = click.Command("look", callback=lambda: during.append(gc.isenabled()))
+    monkeypatch.setattr(cli, "_others", lambda: {"look": EntryPoint("look", "tests_look:look", cli.GROUP)})
+    monkeypatch.setattr(EntryPoint, "load", lambda _self: look)
+    monkeypatch.setattr(sys, "argv", ["isthmus", "look"])
+    monkeypatch.setattr(cli.atexit, "register", during.append)
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        assert during == [gc.freeze, True]
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -68,8 +68,10 @@ class Draws:
     def bit_generator(self) -> Draws:
         return self
 
-    def random_raw(self, count: int) -> np.ndarray:
-        """The same draws as words of eight bytes each: 0 or 255, which are never the border."""
+    def random_raw(self, count: int | None = None) -> Any:
+        """The same draws as words of eight bytes each: 0 or 255, below and above every threshold."""
+        if count is None:
+            return 0
         words = np.zeros(8 * count, np.uint8)
         left = self.left[: words.size]
         words[: left.size] = 255 * (left > 0)

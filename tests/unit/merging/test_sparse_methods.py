@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import ConfigError, VectorError
 from server.merging import Block, InMemory, merge, process_vectors
+from server.merging._draws import generator
 from server.merging._vectors import BLOCK_VALUES
 
 SHAPES: dict[str, tuple[int, ...]] = {"bias": (9,), "conv": (3, 2, 4), "matrix": (6, 8), "scale": ()}
@@ -18,10 +19,10 @@ Named = dict[str, dict[str, np.ndarray]]
 
 def draw(count: int, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Named:
     """`count` vectors of normal values, as float32; their labels say nothing about their order."""
-    generator = np.random.default_rng(seed)
+    drawn = np.random.default_rng(seed)
     return {
         f"domain {(7 * index) % 11}": {
-            name: (0.01 * generator.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()
+            name: (0.01 * drawn.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()
         }
         for index in range(count)
     }
@@ -69,24 +70,26 @@ def agreeing(values: list[float]) -> float:
     return sum(same) / len(same) if same else 0.0
 
 
-def drawn(taus: Named, label: str, name: str, keep: float, seed: int) -> np.ndarray:
-    """Dropping's numbers in [0, 1), 24 bits each; the lower 16 where the upper byte decides are left at 0."""
+def kept_mask(taus: Named, label: str, name: str, keep: float, seed: int) -> np.ndarray:
+    """Which entries of a tensor of one block are kept: a byte for each, below that place's threshold."""
     tau = taus[label][name]
+    low, share = divmod(keep * 256, 1)
+    threshold = np.full(2**16, int(low))
+    threshold[: round(share * 2**16)] += 1
+    threshold = threshold.astype(np.uint8)
+    generator(seed, "thresholds").shuffle(threshold)
     bits = Block(name, tau.shape, 0, tau.reshape(1, -1), [label]).random(seed, 0).bit_generator
-    upper = [byte for word in bits.random_raw(-(-tau.size // 8)) for byte in int(word).to_bytes(8, "little")]
-    tied = [place for place, byte in enumerate(upper[: tau.size]) if byte == int(keep * 256)]
-    words = bits.random_raw(-(-len(tied) // 4))
-    halves = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
-    lower = dict(zip(tied, halves, strict=False))
-    values = [(upper[place] * 2**16 + lower.get(place, 0)) / 2**24 for place in range(tau.size)]
-    return np.array(values).reshape(tau.shape)
+    begin = int(bits.random_raw()) % 2**16
+    drawn = [byte for word in bits.random_raw(-(-tau.size // 8)) for byte in int(word).to_bytes(8, "little")]
+    kept = [drawn[place] < threshold[(begin + place) % 2**16] for place in range(tau.size)]
+    return np.array(kept).reshape(tau.shape)
 
 
 def naive_dare(taus: Named, p: float, seed: int) -> dict[str, dict[str, np.ndarray]]:
     keep = float(np.float32(1 - p))
     return {
         label: {
-            name: np.where(drawn(taus, label, name, keep, seed) < keep, values / (1 - p), 0.0)
+            name: np.where(keep == 1 or kept_mask(taus, label, name, keep, seed), values / (1 - p), 0.0)
             for name, values in tau.items()
         }
         for label, tau in as_double(taus).items()
@@ -108,14 +111,15 @@ def test_dare_against_float64(p: float, count: int) -> None:
     )
 
 
-def test_entries_on_the_border_are_decided_by_more_bits() -> None:
+def test_shares_between_two_bytes_have_two_thresholds() -> None:
     taus = draw(2, shapes={"w": (50, 60)})
-    parts = naive_dare(taus, 0.6, seed=1)  # 0.4 of 256 is no whole number: one entry of 256 is on the border
-    tied = [drawn(taus, label, "w", 0.4, 1) * 2**24 % 2**16 > 0 for label in taus]
-    kept = [part["w"] != 0 for part in parts.values()]
-    assert all(0 < (t & k).sum() < t.sum() for t, k in zip(tied, kept, strict=True))
-    expected = by_position(parts, sum)
-    assert_same(merged("dare", taus, {"p": 0.6, "lambda": 1.0, "seed": 1}), expected)
+    low, keep, high = 102 / 256, 0.4, 103 / 256
+    counts = [
+        sum(kept_mask(taus, label, "w", share, 1).sum() for label in taus) for share in (low, keep, high)
+    ]
+    assert counts[0] < counts[1] < counts[2]
+    expected = by_position(naive_dare(taus, 1 - keep, seed=1), sum)
+    assert_same(merged("dare", taus, {"p": 1 - keep, "lambda": 1.0, "seed": 1}), expected)
 
 
 def test_dare_keeps_the_share_it_says_and_the_mean() -> None:
@@ -132,6 +136,25 @@ def test_dare_keeps_the_share_it_says_and_the_mean() -> None:
     two = process_vectors("dare", InMemory({"a": tau, "b": tau}), {"p": 0.9})
     both = np.count_nonzero(two[0]["w"].astype(bool) & two[1]["w"].astype(bool)) / kept.size
     assert abs(both - 0.01) < 5 * np.sqrt(0.01 / kept.size)  # each vector draws its own mask
+
+
+@pytest.mark.parametrize("p", [0.998, 0.9, 0.6, 0.3, 0.001])  # of 256: below 1, between, above 255
+def test_dropping_is_by_chance(p: float) -> None:
+    """Shares and the agreement of neighbours, of places and of vectors, within 5 standard deviations."""
+    taus = {label: {"w": np.ones(24 * BLOCK_VALUES, np.float32)} for label in "ab"}
+    one, two = (merged("dare", {label: tau}, {"p": p})["w"] > 0 for label, tau in taus.items())
+    keep = 1 - p
+    for found, expected in [
+        (one, keep),
+        (two, keep),
+        (one & two, keep**2),
+        (one[1:] & one[:-1], keep**2),
+        (one[BLOCK_VALUES:] & one[:-BLOCK_VALUES], keep**2),
+        (one[::2], keep),
+        (one[5::8], keep),
+    ]:
+        variance = keep * p if expected == keep else keep**2 * p * (1 + 3 * keep)  # of pairs that overlap
+        assert abs(found.mean() - expected) < 5 * np.sqrt(variance / found.size)
 
 
 def naive_della(taus: Named, p: float, epsilon: float, seed: int) -> dict[str, dict[str, np.ndarray]]:

@@ -211,8 +211,8 @@ def test_adding_a_file_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "def largest(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:\n"
         "    return lambda block: lambda_ * block.tau_NX.max(0)\n"
     )
-    monkeypatch.setattr(server.merging, "__path__", [*server.merging.__path__, str(tmp_path)])
     monkeypatch.setattr(server.merging, "_METHODS", dict(methods()))
+    monkeypatch.setattr(server.merging, "__path__", [*server.merging.__path__, str(tmp_path)])
     assert "largest-change" in methods()
     taus = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}]
     assert merge("largest-change", taus, {"lambda": 2.0})["w"].tolist() == [6.0]
