@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
 
-from server.merging import Block, Floats, InMemory
+from server.merging import Block, Floats, InMemory, Unit
 
 
 class Lazy:
@@ -21,7 +20,7 @@ class Lazy:
         self.shapes = shapes
         self._read = read
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
         for name in self.shapes:
             tensors = {label: {name: self._read(n, name)} for n, label in enumerate(self.labels)}
             yield from InMemory(tensors).blocks(unit)

@@ -7,6 +7,12 @@ from typing import Any
 
 from server.merging import Method, methods, unknown_name
 
+_BLOCKS = {
+    "block": "a block (256 KB)",
+    "rows": "some rows (256 KB, or one row)",
+    "matrix": "the largest linear layer's matrix",
+    "tensor": "the largest tensor",
+}
 _LEARNED = """\
 Coefficients of the vectors, learned on pseudo-users that are made from the catalogs.
 
@@ -95,7 +101,7 @@ def _training_free(method: Method) -> Explanation:
 def _memory(method: Method) -> str:
     if method.needs:
         return "all vectors"
-    return "one tensor of every model" if method.unit == "tensor" else "a block (256 KB) of every model"
+    return f"{_BLOCKS[method.unit]} of every model"
 
 
 def _learned() -> list[Explanation]:

@@ -18,7 +18,7 @@ from server.engine.stream import FolderVectors, Reader
 from server.engine.writing import item_size
 from server.folders import FLOATS, ModelFolder, Stored, match_model, open_folder
 
-KEY_VERSION = 2
+KEY_VERSION = 3
 
 
 class Inputs:

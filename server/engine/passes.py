@@ -36,17 +36,17 @@ def write_merge(
 ) -> None:
     """Merge and write, from where the journal says that an interrupted merge stopped.
 
-    Methods that take whole tensors keep to one process, whose BLAS has threads of its own. Raises VectorError
-    and ModelError as the source does, StorageError where the disk is full, IsthmusError where a worker was
-    killed.
+    Methods that take whole matrices keep to one process, whose BLAS has threads of its own.
+    Raises VectorError and ModelError as the source does, StorageError where the disk is full, IsthmusError
+    where a worker was killed.
     """
-    in_blocks = method.unit == "block"
-    with threadpool_limits(1 if in_blocks else None, "blas"):
+    in_small_blocks = method.unit in ("block", "rows")
+    with threadpool_limits(1 if in_small_blocks else None, "blas"):
         kernel = prepare(method, vectors, options)
         if stage.done_tensors:
             vectors.seen = Seen(**stage.state)
         for tensors in _rounds(vectors, writer, stage.done_tensors, CHECKPOINT_BYTES * vectors.workers):
-            count = vectors.worker_count(tensors) if in_blocks else 1
+            count = vectors.worker_count(tensors) if in_small_blocks else 1
             blocks_W = np.frombuffer(mmap.mmap(-1, 8 * count), np.int64)  # done by each; seen by all
             share = partial(_share, vectors, writer, method, kernel, report, tensors, blocks_W)
             _, *others_bytes = vectors.share_out(share, count)

@@ -29,7 +29,7 @@ from server.engine.stream import Reader
 from server.engine.writing import WeightWriter
 from server.folders import FLOATS, is_adapter
 from server.merging import Method, find, unknown_name
-from server.merging._vectors import BLOCK_VALUES, Floats
+from server.merging._vectors import BLOCK_VALUES, Floats, block_values
 
 SCHEMA_VERSION = 1
 _CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -57,8 +57,11 @@ def merge_folders(
     inputs = Inputs(recipe)
     with_catalogs = method is None or method.needs == "grams"
     check_settings(recipe, learns=method is None, needs_catalogs=with_catalogs, warnings=inputs.warnings)
-    if method is not None and method.unit == "tensor" and not with_catalogs:
-        check_memory(recipe, max((t.size for t in inputs.base.tensors.values()), default=0))
+    if method is not None and method.unit != "block" and not with_catalogs:
+        sizes = (
+            min(t.size, block_values(method.unit, t.name, t.shape)) for t in inputs.base.tensors.values()
+        )
+        check_memory(recipe, max(sizes, default=0))
     known = Digests(inputs.files, enabled=digests)
     with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:
         writer = WeightWriter(inputs.base, stage.folder, recipe.dtype)

@@ -2,7 +2,7 @@
 
 `tau_d = theta_d - theta_0`, in float32 whatever the folders hold. Blocks are read into buffers that are used
 again (never mapped: mapped pages count as the process's memory), each file once a pass. Memory is one block
-of every model for `unit="block"`, and one tensor of every model for `unit="tensor"`.
+of every model, as large as the method's unit asks for.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from server.engine import card
 from server.engine.forks import in_processes
 from server.engine.seen import Seen
 from server.folders import FLOATS, ModelFolder, Stored
-from server.merging import Unit
-from server.merging._vectors import BLOCK_VALUES, Block, Floats, is_finite
+from server.merging._vectors import BLOCK_VALUES, Block, Floats, Unit, block_values, is_finite
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 MAX_STRIDE, SAMPLED_BLOCKS = 8, 64  # of every eighth block, but of that many, the norms are taken
@@ -129,9 +128,10 @@ class FolderVectors:
 
     def block_count(self, tensors: range, unit: Unit = "block") -> int:
         """How many blocks the tensors at these places have."""
-        if unit == "tensor":
-            return sum(1 for place in tensors if self._base[place].size)
-        return sum(-(-self._base[place].size // BLOCK_VALUES) for place in tensors)
+        return sum(-(-self._base[place].size // self._step(place, unit)) for place in tensors)
+
+    def _step(self, place: int, unit: Unit) -> int:
+        return block_values(unit, self._base[place].name, self._base[place].shape)
 
     def share(
         self, tensors: range, number: int, of: int, unit: Unit = "block", *, unchecked: bool = False
@@ -140,17 +140,18 @@ class FolderVectors:
 
         `unchecked`: values that are not finite may be among them; the caller does `check` where it matters.
         """
-        widest = BLOCK_VALUES
-        if unit == "tensor":
-            widest = max([1, *(self._base[place].size for place in tensors)])
+        steps = {place: self._step(place, unit) for place in tensors}
+        widest = max(steps.values(), default=1)
         count = len(self._labels)
         buffer = np.empty(count * widest, np.float32)
         base_buffer = np.empty(widest, np.float32)
-        parts = ((place, start) for place in tensors for start in range(0, self._base[place].size, widest))
+        parts = (
+            (place, start) for place in tensors for start in range(0, self._base[place].size, steps[place])
+        )
         total = self.block_count(tensors, unit)
         for place, start in islice(parts, number * total // of, (number + 1) * total // of):
             tensor = self._base[place]
-            width = min(widest, tensor.size - start)
+            width = min(steps[place], tensor.size - start)
             self.base_X = base_buffer[:width]
             tau_NX = buffer[: count * width].reshape(count, width)
             self._fill(place, start, tau_NX, unchecked)

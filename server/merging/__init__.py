@@ -15,7 +15,8 @@ says what the method does, the rest what it costs and where it differs from othe
 
 A method that is registered with `splits=True` returns `[N, X]` from its kernel: N processed vectors whose
 plain sum is the merge. Learned coefficients can then start from those vectors (at 1, the merge itself).
-`unit="tensor"` makes each block a whole tensor (for methods on rows or on a matrix: `block.matrices()`),
+`unit` says what a block has to hold: any values, whole rows, the whole matrix of a linear layer
+(`block.is_linear`, `block.matrices()`) or a whole tensor; `block_values` in `_vectors.py` has the sizes.
 `needs="grams"` gives the method the Gram matrices of each layer's inputs as its second argument.
 `linear=True` says that a merged value is not finite where a vector's is not (a weighted sum, also with
 weights of 0: `0 * inf` is NaN): then nobody has to look at each vector for NaN.
@@ -50,7 +51,7 @@ from server.merging._options import (
     as_arguments,
     resolve,
 )
-from server.merging._vectors import Block, Floats, Grams, InMemory, Vectors
+from server.merging._vectors import Block, Floats, Grams, InMemory, Unit, Vectors
 
 if TYPE_CHECKING:
     from server.merging._models import Options
@@ -66,6 +67,7 @@ __all__ = [
     "Kernel",
     "Method",
     "Probability",
+    "Unit",
     "Vectors",
     "Weight",
     "merge",
@@ -78,7 +80,6 @@ __all__ = [
 ]
 
 Kernel = Callable[[Block], Floats]
-Unit = Literal["block", "tensor"]
 Need = Literal["", "grams"]
 
 PROCESS_INITIAL = 1.0  # processed vectors are summed as they are: learning starts at the merge itself

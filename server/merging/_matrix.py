@@ -10,15 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from common.models.base import is_table
-from server.merging._vectors import Block, Doubles
+from server.merging._vectors import Doubles
 
 RANK_CUT = 1e-6
-
-
-def is_linear(block: Block) -> bool:
-    """Whether the block is the weight of a linear layer: a whole matrix, and no embedding table."""
-    return block.is_matrix and not is_table(block.name)
 
 
 def thin_svd(matrix_RC: npt.NDArray[np.floating]) -> tuple[Doubles, Doubles, Doubles]:

@@ -2,7 +2,7 @@
 
 `Vectors` is the one interface; `InMemory` holds arrays (the federation's admitted vectors), and
 `server.engine.stream` reads them from model folders. Every block that a source gives out has been
-checked: floating point, finite. Blocks have fixed borders (`BLOCK_VALUES` from the start of each tensor),
+checked: floating point, finite. Blocks have fixed borders (`block_values` from the start of each tensor),
 so what is drawn for a block from a seed does not depend on who reads it.
 """
 
@@ -21,7 +21,31 @@ from common.errors import VectorError
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Solve = Callable[[Doubles, Floats], Floats]
+Unit = Literal["block", "rows", "matrix", "tensor"]
 BLOCK_VALUES = 1 << 16
+
+
+def block_values(unit: Unit, name: str, shape: tuple[int, ...]) -> int:
+    """How many values of a tensor one block holds, at most.
+
+    "block": `BLOCK_VALUES`. "rows": as many whole rows as that is (of all that stands behind the first
+    axis; a tensor of one axis is one row), at least one. "matrix": the whole weight of a linear layer, and
+    `BLOCK_VALUES` of any other tensor. "tensor": the whole tensor.
+    """
+    size = math.prod(shape)
+    if unit == "tensor" or (unit == "matrix" and is_linear_weight(name, shape)):
+        return max(1, size)
+    if unit == "rows":
+        row = max(1, math.prod(shape[1:]) if len(shape) > 1 else size)
+        return row * max(1, BLOCK_VALUES // row)
+    return BLOCK_VALUES
+
+
+def is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the tensor is the weight of a linear layer: two axes, neither of them 1, no embedding table."""
+    from common.models.base import is_table  # takes long to import, and most methods ask for no matrix
+
+    return len(shape) == 2 and min(shape) > 1 and not is_table(name)
 
 
 @dataclass(frozen=True)
@@ -42,9 +66,9 @@ class Block:
         return self.start + int(self.tau_NX.shape[1])
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether the block is a whole tensor of two axes, neither of them 1."""
-        return len(self.shape) == 2 and min(self.shape) > 1 and self.tau_NX.shape[1] == math.prod(self.shape)
+    def is_linear(self) -> bool:
+        """Whether the block is the whole weight of a linear layer, as with the unit "matrix"."""
+        return self.tau_NX.shape[1] == math.prod(self.shape) and is_linear_weight(self.name, self.shape)
 
     def matrices(self) -> Floats:
         """The block of a whole two-axis tensor as [N, R, C] (rows by columns: outputs by inputs)."""
@@ -68,8 +92,8 @@ class Vectors(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, in the order in which blocks come."""
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
-        """Every value of every vector once: in blocks of `BLOCK_VALUES`, or tensor by tensor.
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
+        """Every value of every vector once, in blocks of `block_values`.
 
         A block's memory may be used again for the next one. Raises VectorError naming vector and tensor
         where a value is not finite.
@@ -114,12 +138,11 @@ class InMemory:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
         for name, shape in self._shapes.items():
             flat = [vector[name].reshape(-1) for vector in self._vectors]
-            size = math.prod(shape)
-            step = max(1, size) if unit == "tensor" else BLOCK_VALUES
-            for start in range(0, size, step):
+            step = block_values(unit, name, shape)
+            for start in range(0, math.prod(shape), step):
                 tau_NX = np.stack([values[start : start + step] for values in flat]).astype(np.float32)
                 block = Block(name, shape, start, tau_NX, self._labels)
                 check_finite(block)

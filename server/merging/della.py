@@ -16,6 +16,8 @@ its L1 norm stays what it was, instead of each entry by its own `1 / (1 - p_i)`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,7 +33,7 @@ from server.merging._vectors import BLOCK_VALUES
     paper="Deep et al., 2024 (arXiv:2406.11617)",
     equation="tau = lambda mean_{d: sign(v_d) = sign(sum_d v_d)} v_d, v_di = (1 - m_di) tau_di / (1 - p_di), "
     "m_di ~ Bernoulli(p_di), p_di falls from p + epsilon/2 to p - epsilon/2 with rank in the row",
-    unit="tensor",
+    unit="rows",
     splits=True,
 )
 def della(
@@ -44,7 +46,7 @@ def della(
 ) -> Kernel:
     """Drop each entry by chance, small ones of a row likelier, rescale, elect signs, average what agrees.
 
-    Needs nothing else. One pass over the files, each row sorted; holds one tensor of every vector.
+    Needs nothing else. One pass over the files, each row sorted.
     Raises ConfigError where `p - epsilon/2` or `p + epsilon/2` is no probability below 1.
     """
     if p - epsilon / 2 < 0 or p + epsilon / 2 >= 1:
@@ -56,9 +58,9 @@ def della(
 
     def kernel(block: Block) -> Floats:
         tau_NX = block.tau_NX
-        rows = block.shape[0] if len(block.shape) > 1 else 1
+        columns = math.prod(block.shape[1:]) if len(block.shape) > 1 else tau_NX.shape[1]
         for vector, tau_X in enumerate(tau_NX):
-            _magprune(tau_X.reshape(rows, -1), p, epsilon, block.random(seed, vector))
+            _magprune(tau_X.reshape(-1, columns), p, epsilon, block.random(seed, vector))
         for start in range(0, tau_NX.shape[1], BLOCK_VALUES):
             part = slice(start, start + BLOCK_VALUES)
             tau_NX[:, part] = agreeing_mean(tau_NX[:, part], lambda_)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import numpy as np
 
 from server.merging import Block, Floats, Kernel, Vectors, Weight, merge_method
-from server.merging._matrix import is_linear, thin_svd
+from server.merging._matrix import thin_svd
 
 
 @merge_method(
     "iso-c",
     paper="Marczak et al., ICML 2025, Iso-C",
     equation="tau = lambda mean(S) U V^T with U S V^T = sum_d tau_d",
-    unit="tensor",
+    unit="matrix",
 )
 def iso_c(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
     """Add the matrices up and give all directions of the sum the same strength, their mean.
@@ -31,7 +31,7 @@ def iso_c(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
     """
 
     def kernel(block: Block) -> Floats:
-        if not is_linear(block):
+        if not block.is_linear:
             return np.asarray(np.float32(lambda_) * block.tau_NX.mean(0))
         u_RK, s_K, vt_KC = thin_svd(block.matrices().sum(0, dtype=np.float64))
         strength = lambda_ * float(s_K.mean()) if len(s_K) else 0.0

@@ -25,11 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from server.merging import Block, Density, Floats, Kernel, Vectors, Weight, merge_method
+from server.merging import Block, Density, Floats, Kernel, Unit, Vectors, Weight, merge_method
 from server.merging._passes import in_shares, sample
 from server.merging._select import largest
 from server.merging._vectors import Doubles
@@ -112,7 +112,7 @@ class _Scores:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self.vectors.shapes
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
         return self._of(self.vectors.blocks(unit))
 
     def shares(self, look: Callable[[Iterator[Block]], T]) -> list[T]:

@@ -28,7 +28,7 @@ ALPHA = 0.9
     "regmean",
     paper="Jin et al., ICLR 2023, equation 1, on pseudo-users",
     equation="tau = (sum_d tau_d G_d) (sum_d G_d)^-1; G_d = alpha X_d^T X_d off the diagonal",
-    unit="tensor",
+    unit="matrix",
     needs="grams",
 )
 def regmean(vectors: Vectors, grams: Grams, *, alpha: Alpha = ALPHA, ridge: Ridge = RIDGE) -> Kernel:

@@ -23,7 +23,7 @@ from server.merging.regmean import ALPHA, Alpha, regression
     "regmean-plus-plus",
     paper="Nguyen et al., 2025, RegMean++, on pseudo-users",
     equation="tau = (sum_d tau_d G_d) (sum_d G_d)^-1; X_d = inputs from the merged layers before",
-    unit="tensor",
+    unit="matrix",
     needs="grams",
 )
 def regmean_plus_plus(

@@ -18,14 +18,14 @@ from __future__ import annotations
 import numpy as np
 
 from server.merging import Block, Floats, Kernel, Vectors, Weight, merge_method
-from server.merging._matrix import is_linear, polar, thin_svd
+from server.merging._matrix import polar, thin_svd
 
 
 @merge_method(
     "tsv-merge",
     paper="Gargiulo et al., CVPR 2025, TSV-Merge",
     equation="tau = lambda U' S V'^T; U', V' = whitened [U_1 .. U_N], [V_1 .. V_N] cut to rank / N",
-    unit="tensor",
+    unit="matrix",
     splits=True,
 )
 def tsv_merge(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
@@ -38,7 +38,7 @@ def tsv_merge(vectors: Vectors, *, lambda_: Weight = 1.0) -> Kernel:
 
     def kernel(block: Block) -> Floats:
         count = len(block.tau_NX)
-        if not is_linear(block):
+        if not block.is_linear:
             return block.tau_NX * (scale / np.float32(count))
         keep = max(1, min(block.shape) // count)
         svds = [thin_svd(tau_RC) for tau_RC in block.matrices()]

@@ -25,7 +25,6 @@ import numpy as np
 
 from server.merging import Block, Floats, Kernel, Vectors, merge_method
 from server.merging._gram import Ridge, shares
-from server.merging._matrix import is_linear
 from server.merging._vectors import Doubles
 
 
@@ -33,7 +32,7 @@ from server.merging._vectors import Doubles
     "wudi",
     paper="Cheng et al., ICML 2025, WUDI-Merging, solved in closed form",
     equation="tau = (sum_d tau_d G_d) (sum_d G_d)^-1 with G_d = tau_d^T tau_d / ||tau_d||^2",
-    unit="tensor",
+    unit="matrix",
     splits=True,
 )
 def wudi(vectors: Vectors, *, ridge: Ridge = 0.01) -> Kernel:
@@ -45,7 +44,7 @@ def wudi(vectors: Vectors, *, ridge: Ridge = 0.01) -> Kernel:
 
     def kernel(block: Block) -> Floats:
         count = len(block.tau_NX)
-        if not is_linear(block):
+        if not block.is_linear:
             return block.tau_NX / np.float32(count)
         tau_NRC = block.matrices()
         parts_NRC = shares((_own_gram(tau_RC) for tau_RC in tau_NRC), tau_NRC, ridge)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,9 +23,10 @@ from tiny_models import CONFIG, SHAPES, moved, random_tensors, write_model
 
 from common.errors import ConfigError, StorageError
 from server.engine import staging
+from server.engine.inputs import Inputs
 from server.engine.recipe import ModelEntry, Recipe
 from server.engine.run import merge_folders
-from server.merging import InMemory, merge, methods
+from server.merging import InMemory, Unit, merge, methods
 from server.merging._vectors import BLOCK_VALUES
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -393,3 +394,42 @@ def test_the_older_result_comes_back_after_a_kill_between_two_renames(
     with pytest.raises(ConfigError, match="out: exists already"):
         merge_folders(of(family, tmp_path / "out"))
     assert (tmp_path / "out" / "merge.json").exists()
+
+
+@pytest.mark.parametrize("unit", get_args(Unit))
+def test_blocks_hold_what_their_unit_says(tmp_path: Path, unit: Unit) -> None:
+    """Every value once, in order, and no more at once than the unit needs; from folders as from memory."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "bias": (70_000,),
+        "conv": (3, 30_000, 2),
+        "dense.weight": (300, 256),
+        "embeddings.word_embeddings.weight": (300, 256),
+        "empty": (0, 3),
+        "scale": (),
+    }
+    blocks = dict.fromkeys(shapes, BLOCK_VALUES)
+    whole = {name: max(1, int(np.prod(shape))) for name, shape in shapes.items()}
+    at_most: dict[Unit, dict[str, int]] = {
+        "block": blocks,
+        "rows": {**blocks, "bias": 70_000, "conv": 60_000},
+        "matrix": {**blocks, "dense.weight": 300 * 256},
+        "tensor": whole,
+    }
+    base = random_tensors(0, shapes)
+    folders = {"base": write_model(tmp_path / "base", base)}
+    taus = {}
+    for seed, label in enumerate(("a", "b"), start=1):
+        model = moved(base, seed)
+        folders[label] = write_model(tmp_path / label, model)
+        taus[label] = {name: model[name] - base[name] for name in base}
+    found = dict.fromkeys(shapes, 0)
+    with Inputs(of(folders, tmp_path / "out")).vectors() as vectors:
+        for block, same in zip(vectors.blocks(unit), InMemory(taus).blocks(unit), strict=True):
+            assert (block.name, block.start) == (same.name, same.start)
+            assert block.start == found[block.name]
+            found[block.name] = block.stop
+            width = block.tau_NX.shape[1]
+            assert width == min(at_most[unit][block.name], whole[block.name] - block.start)
+            assert block.is_linear == (block.name == "dense.weight" and unit in ("matrix", "tensor"))
+            np.testing.assert_array_equal(block.tau_NX, same.tau_NX)
+    assert found == {**whole, "empty": 0}

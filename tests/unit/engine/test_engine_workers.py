@@ -31,7 +31,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "d": (0,),
 }
 LABELS = ("beauty", "toys", "games")
-BY_BLOCKS = [name for name, method in methods().items() if method.unit == "block"]
+BY_BLOCKS = [name for name, method in methods().items() if method.unit in ("block", "rows")]
 
 
 @pytest.fixture

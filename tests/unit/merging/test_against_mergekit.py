@@ -19,13 +19,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from server.merging import Block, Floats, InMemory, merge
+from server.merging import Block, Floats, InMemory, Unit, merge
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mergekit" / "merges.safetensors"
 MODELS, TENSORS = ["a", "b", "c"], ["bias", "matrix", "tiny"]
@@ -88,7 +88,7 @@ class WithMasks(InMemory):
     def mask(self, model: str, name: str) -> np.ndarray:
         return VALUES[f"{self.case}/mask/{model}/{name}"]
 
-    def blocks(self, unit: Literal["block", "tensor"] = "block") -> Iterator[Block]:
+    def blocks(self, unit: Unit = "block") -> Iterator[Block]:
         for block in super().blocks("tensor"):
             masks_NX = np.stack([self.mask(model, block.name).ravel() for model in MODELS])
             yield Given(block.name, block.shape, block.start, block.tau_NX, block.labels, masks_NX)

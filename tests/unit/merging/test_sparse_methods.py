@@ -46,10 +46,16 @@ def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
 
 
 def uniform(taus: Named, label: str, name: str, seed: int) -> np.ndarray:
-    """The numbers of DELLA that `label` draws for a tensor of one block, which make a seed reproducible."""
+    """The numbers of DELLA that `label` draws for a tensor, which make a seed reproducible."""
     tau = taus[label][name]
-    block = Block(name, tau.shape, 0, tau.reshape(1, -1), [label])
-    return block.random(seed, 0).random(tau.size, dtype=np.float32).reshape(tau.shape)
+    row = int(np.prod(tau.shape[1:])) if tau.ndim > 1 else tau.size
+    step = row * (BLOCK_VALUES // row)
+    parts = [
+        Block(name, tau.shape, start, tau.reshape(1, -1)[:, start : start + step], [label])
+        for start in range(0, tau.size, step)
+    ]
+    numbers = [part.random(seed, 0).random(part.stop - part.start, dtype=np.float32) for part in parts]
+    return np.concatenate(numbers).reshape(tau.shape)
 
 
 def by_position(parts: Mapping[str, Mapping[str, np.ndarray]], fuse: Any) -> dict[str, np.ndarray]:
