@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from common.errors import VectorError
 from common.progress import Report
+from server.engine.heap import keep_freed_memory
 from server.engine.seen import Seen
 from server.engine.staging import CHECKPOINT_BYTES, Staging
 from server.engine.stream import ITEM_BYTES, FolderVectors
@@ -36,10 +37,12 @@ def write_merge(
 ) -> None:
     """Merge and write, from where the journal says that an interrupted merge stopped.
 
-    Methods that take whole matrices keep to one process, whose BLAS has threads of its own.
+    Methods that take whole matrices keep to one process, whose BLAS has threads of its own. The process keeps
+    the memory that it frees, from now on.
     Raises VectorError and ModelError as the source does, StorageError where the disk is full, IsthmusError
     where a worker was killed.
     """
+    keep_freed_memory()
     in_small_blocks = method.unit in ("block", "rows")
     with threadpool_limits(1 if in_small_blocks else None, "blas"):
         kernel = prepare(method, vectors, options)
