@@ -1,6 +1,6 @@
 """`isthmus merge`: merge local model folders by a recipe or by flags.
 
-The result is told on stdout, everything else on stderr. torch is imported where a method needs it alone.
+The result is told on stdout, everything else on stderr. torch is imported only where a method needs it.
 """
 
 from __future__ import annotations

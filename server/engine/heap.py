@@ -1,7 +1,7 @@
 """Memory that is freed is kept for the next block.
 
 Of what a program frees glibc gives larger pieces back to the system, which hands them out again page by page
-and zeroed: a block's temporaries took an eighth to a third of the time of methods that make many.
+and zeroed: a block's temporaries took a tenth to a sixth of the time of methods that make many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-KEPT_BYTES = 32 << 20  # more is refused by older ones
+KEPT_BYTES = 32 << 20  # old versions of glibc take no more
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 

@@ -58,9 +58,7 @@ def merge_folders(
     with_catalogs = method is None or method.needs == "grams"
     check_settings(recipe, learns=method is None, needs_catalogs=with_catalogs, warnings=inputs.warnings)
     if method is not None and method.unit != "block" and not with_catalogs:
-        sizes = (
-            min(t.size, block_values(method.unit, t.name, t.shape)) for t in inputs.base.tensors.values()
-        )
+        sizes = [block_values(method.unit, t.name, t.shape) for t in inputs.base.tensors.values()]
         check_memory(recipe, max(sizes, default=0))
     known = Digests(inputs.files, enabled=digests)
     with Staging(recipe.out, merge_key(recipe, options, inputs), force=force) as stage:

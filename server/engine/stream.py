@@ -227,9 +227,13 @@ class FolderVectors:
         return found
 
     def check(self, block: Block) -> None:
-        """Raises VectorError where a vector of the block that was given last is not finite."""
+        """Raises VectorError where a vector of the block that was given last is not finite.
+
+        The vectors are read again, since the kernel may have written to the block.
+        """
         place = next(place for place, tensor in enumerate(self._base) if tensor.name == block.name)
         for vector, tau_X in enumerate(block.tau_NX):
+            self._subtract(place, vector, block.start, tau_X, self.base_X)
             if not is_finite(tau_X):
                 raise self._not_finite(place, vector)
 

@@ -1,6 +1,6 @@
 """Generators of random numbers that depend on words alone: the same words, the same numbers.
 
-numpy seeds by mixing 32-bit words, which takes longer than the numbers that one block of a vector needs. The
+numpy seeds by mixing 32-bit words, which takes half as long as the numbers that a whole block needs. The
 words' hash is as good a state, and takes a fourth of that.
 """
 

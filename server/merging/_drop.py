@@ -23,6 +23,8 @@ Seed = Annotated[int, Bounds(ge=0)]
 def dropper(p: float, seed: int) -> Callable[[Block], None]:
     """What zeroes each entry of every vector of a block with probability `p`, in place, without rescaling.
 
+    For blocks of `BLOCK_VALUES` at most.
+
     An entry is kept where a byte drawn for it is below a threshold: the whole part of `256 (1 - p)`, or one
     more at as many places as make up for the rest (`1 - p` to 24 bits). Those places are shuffled by the
     seed, and every block of every vector begins somewhere else among them, by chance.
@@ -36,18 +38,16 @@ def dropper(p: float, seed: int) -> Callable[[Block], None]:
         for vector, tau_X in enumerate(block.tau_NX):
             bits = block.random(seed, vector).bit_generator
             begin = int(bits.random_raw()) % BLOCK_VALUES
-            for start in range(0, len(tau_X), BLOCK_VALUES):
-                part_X = tau_X[start : start + BLOCK_VALUES]
-                part_X *= _bytes(bits, len(part_X)) < threshold_X[begin : begin + len(part_X)]
+            tau_X *= _bytes(bits, len(tau_X)) < threshold_X[begin : begin + len(tau_X)]
 
     return drop
 
 
 def _thresholds(keep: float, seed: int) -> npt.NDArray[np.unsignedinteger]:
     """`BLOCK_VALUES` thresholds of a byte whose mean is `256 keep`, in an order by chance, twice over."""
-    low, higher = divmod(math.ceil(keep * 2**24), 1 << 16)
+    low, higher = divmod(math.ceil(keep * 256 * BLOCK_VALUES), BLOCK_VALUES)
     threshold_X = np.full(BLOCK_VALUES, low, np.uint16)
-    threshold_X[: higher * BLOCK_VALUES >> 16] = low + 1
+    threshold_X[:higher] = low + 1
     generator(seed, "thresholds").shuffle(threshold_X)
     return np.tile(threshold_X if low == 255 else threshold_X.astype(np.uint8), 2)
 

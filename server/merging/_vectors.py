@@ -26,19 +26,19 @@ BLOCK_VALUES = 1 << 16
 
 
 def block_values(unit: Unit, name: str, shape: tuple[int, ...]) -> int:
-    """How many values of a tensor one block holds, at most.
+    """How many values of a tensor one block holds, at most; 1 for an empty one.
 
     "block": `BLOCK_VALUES`. "rows": as many whole rows as that is (of all that stands behind the first
     axis; a tensor of one axis is one row), at least one. "matrix": the whole weight of a linear layer, and
     `BLOCK_VALUES` of any other tensor. "tensor": the whole tensor.
     """
-    size = math.prod(shape)
+    size = max(1, math.prod(shape))
     if unit == "tensor" or (unit == "matrix" and is_linear_weight(name, shape)):
-        return max(1, size)
+        return size
     if unit == "rows":
-        row = max(1, math.prod(shape[1:]) if len(shape) > 1 else size)
-        return row * max(1, BLOCK_VALUES // row)
-    return BLOCK_VALUES
+        row = max(1, math.prod(shape[1:])) if len(shape) > 1 else size
+        return min(size, row * max(1, BLOCK_VALUES // row))
+    return min(size, BLOCK_VALUES)
 
 
 def is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:

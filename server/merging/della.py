@@ -62,28 +62,24 @@ def della(
         keep_C = np.linspace(
             1 - p - half, 1 - p + half, columns, dtype=np.float32
         )  # the smallest entry first
-        rows = tau_NX.shape[1] // columns
-        key_RC, keep_RC = np.empty((rows, columns), np.uint64), np.empty((rows, columns), np.float32)
-        drawn_RC = np.empty_like(keep_RC)
         for vector, tau_X in enumerate(tau_NX):
-            tau_RC = tau_X.reshape(rows, columns)
-            np.put_along_axis(keep_RC, _ascending(tau_RC, key_RC), keep_C[None], axis=1)
-            block.random(seed, vector).random(out=drawn_RC, dtype=np.float32)
-            tau_RC *= drawn_RC < keep_RC
+            tau_RC = tau_X.reshape(-1, columns)
+            keep_RC = np.empty_like(tau_RC)
+            np.put_along_axis(keep_RC, _ascending(tau_RC), keep_C[None], axis=1)
+            tau_RC *= block.random(seed, vector).random(tau_RC.shape, dtype=np.float32) < keep_RC
             tau_RC /= keep_RC
         return agreeing_mean(tau_NX, lambda_)
 
     return kernel
 
 
-def _ascending(tau_RC: Floats, key_RC: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def _ascending(tau_RC: Floats) -> npt.NDArray[np.int64]:
     """For each row the columns from the smallest magnitude to the largest, equal ones by column.
 
     Magnitude and column are sorted as one integer (the bits of floats that are not negative sort as the
-    floats do): the same order as a stable argsort, in a third of its time. The result is in the memory of
-    `key_RC`: memory that is asked for anew at each call takes a quarter of DELLA's time.
+    floats do): the same order as a stable argsort, in a third of its time.
     """
-    key_RC[:] = np.abs(tau_RC).view(np.uint32)
+    key_RC = np.abs(tau_RC).view(np.uint32).astype(np.uint64)
     key_RC <<= np.uint64(32)
     key_RC |= np.arange(tau_RC.shape[1], dtype=np.uint64)
     key_RC.sort(axis=1)

@@ -75,6 +75,7 @@ def test_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         cli.main()
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("isthmus, version")
+    assert gc.isenabled()
 
 
 def test_commands_collect_garbage_though_imports_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +94,3 @@ def test_commands_collect_garbage_though_imports_do_not(monkeypatch: pytest.Monk
         assert gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
-        gc.enable()

@@ -224,6 +224,8 @@ def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
         merge(folders, "task-arithmetic", options={"lambda": 4.0})
     with pytest.raises(VectorError, match="tensor 'w': a merged value is beyond the range of F32"):
         merge(folders, "task-arithmetic", options={"lambda": 3e38}, dtype="fp32")
+    with pytest.raises(VectorError, match="tensor 'w': a merged value is beyond the range of F32"):
+        merge(folders, "dare", options={"lambda": 3e38, "p": 0.0}, dtype="fp32")  # the vector is sound
 
 
 def test_the_last_value_that_bfloat16_rounds_to_a_number(tmp_path: Path) -> None:
